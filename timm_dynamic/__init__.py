@@ -1,0 +1,32 @@
+"""timm_dynamic: any ResNet or DenseNet of timm or torchvision, made dynamic.
+
+Importing registers the names `skipnet_*`, `iadi_*` and `ddi_*` with timm.
+"""
+
+from . import registry as registry
+from .budgets import set_budget
+from .configs import BudgetConfig, ChannelGateConfig, ExitConfig, LayerGateConfig
+from .costs import CostTable, cost_table
+from .forward import Decisions, anytime, decide
+from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
+from .version import __version__
+
+__all__ = [
+    "BudgetConfig",
+    "ChannelGateConfig",
+    "CostTable",
+    "Decisions",
+    "ExitConfig",
+    "LayerGateConfig",
+    "__version__",
+    "add_channel_gates",
+    "add_exits",
+    "add_layer_gates",
+    "anytime",
+    "cost_table",
+    "decide",
+    "force",
+    "set_budget",
+    "set_execution",
+    "strip",
+]

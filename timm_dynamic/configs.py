@@ -1,0 +1,183 @@
+"""What a part of a dynamic network is to be: small frozen dataclasses, checked when made."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+LAYER_GATE_KINDS = ("ff1", "ff2", "rnn", "linear")
+CHANNEL_GATE_MODES = ("independent", "nested")
+INITS = ("open", "random")
+
+
+def one_of(what: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise a `ValueError` that names what was wanted unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}; found {value!r}")
+
+
+def positive_int(what: str, value: Any) -> None:
+    """Raise a `ValueError` unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be an int of at least 1; found {value!r}")
+
+
+def ratio(what: str, value: Any) -> None:
+    """Raise a `ValueError` unless `value` is a number in 0..1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{what} must be a number in 0..1; found {value!r}")
+
+
+class Config:
+    """Dict round trip and lenient making, shared by the configs below."""
+
+    shorthand: ClassVar[str | None] = None  # the field that a plain string sets
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError: for a field that does not exist.
+            ValueError: for a value that is not allowed.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise TypeError(f"{cls.__name__} takes {', '.join(known)}; found {', '.join(map(repr, unknown))}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    @classmethod
+    def make(cls, value: Any) -> Self:
+        """A config from a config, a dict, a shorthand string, or `None` and `True` for the defaults."""
+        if isinstance(value, cls):
+            return value
+        if value is None or value is True:
+            return cls()
+        if isinstance(value, dict):
+            return cls.from_dict(value)
+        if isinstance(value, str) and cls.shorthand is not None:
+            return cls(**{cls.shorthand: value})
+        raise TypeError(f"a {cls.__name__}, a dict, or None is needed; found {type(value).__name__} {value!r}")
+
+
+@dataclass(frozen=True)
+class LayerGateConfig(Config):
+    """Layer gates (SkipNet, section 3.1).
+
+    Attributes:
+        kind: "ff1" (FFGate-I), "ff2" (FFGate-II), "rnn" (RNNGate) or "linear" (pool and linear only).
+        init: "open": a fresh gate keeps for every input; "random": the papers' start.
+        width: hidden channels of an FFGate's convolutions. None: as many as the input has where that keeps the gate
+            near the paper's share of a unit, fewer elsewhere.
+    """
+
+    shorthand: ClassVar[str | None] = "kind"
+    kind: str = "rnn"
+    init: str = "open"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("kind of layer gate", self.kind, LAYER_GATE_KINDS)
+        one_of("init", self.init, INITS)
+        if self.width is not None:
+            positive_int("width", self.width)
+            if self.width > 4096:
+                raise ValueError(f"width must be at most 4096; found {self.width}")
+
+
+@dataclass(frozen=True)
+class ChannelGateConfig(Config):
+    """Channel gates (DDI, section 3.1.3 and supplement 7).
+
+    Attributes:
+        group_size: hidden channels that are kept or dropped together (the paper's form is 1). A layer narrower than
+            this has a single group; the last group of a layer may be smaller. Grouped convolutions and group norms
+            round it up to whole groups of their own.
+        mode: "independent": any set of groups; "nested": the kept groups are always the first ones.
+        init: "open" or "random", as for layer gates.
+        levels: how many groups a nested gate divides a layer into (it does not use `group_size`).
+    """
+
+    shorthand: ClassVar[str | None] = "mode"
+    group_size: int = 16
+    mode: str = "independent"
+    init: str = "open"
+    levels: int = 4
+
+    def __post_init__(self) -> None:
+        positive_int("group_size", self.group_size)
+        one_of("mode of channel gate", self.mode, CHANNEL_GATE_MODES)
+        one_of("init", self.init, INITS)
+        positive_int("levels", self.levels)
+
+
+@dataclass(frozen=True)
+class ExitConfig(Config):
+    """Exits (DDI, supplement 8).
+
+    Attributes:
+        after: names of stages or units that get a branch classifier ("layer2", "layer3.1", "features.denseblock1"),
+            or numbers of stages, the first being 1. None: every stage but the last.
+    """
+
+    after: tuple[str | int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.after is None:
+            return
+        if not isinstance(self.after, tuple) or not self.after:
+            raise ValueError(f"after must be None or a tuple of at least one stage or unit; found {self.after!r}")
+        for place in self.after:
+            if isinstance(place, bool) or not isinstance(place, (str, int)):
+                raise ValueError(f"after must hold names (str) or numbers of stages (int); found {place!r}")
+
+
+@dataclass(frozen=True)
+class BudgetConfig(Config):
+    """What one image may cost; exactly one of the first four is given.
+
+    Attributes:
+        macs: multiply-adds, one value for all images or one per image of the batch. Hard: no image ever costs more.
+        fraction: the same as a share of the stock model's MACs at the same input size.
+        exit: every image leaves at this exit (0 is the first, the last is the model's own head).
+        confidence: an image leaves at the first exit whose largest softmax probability is at least this.
+        input_size: (channels, height, width) that `macs` is checked for when the budget is set.
+    """
+
+    macs: int | tuple[int, ...] | None = None
+    fraction: float | None = None
+    exit: int | None = None
+    confidence: float | None = None
+    input_size: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("macs", "fraction", "exit", "confidence") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"a budget needs exactly one of macs, fraction, exit, confidence; found {found}")
+        if self.macs is not None:
+            values = self.macs if isinstance(self.macs, tuple) else (self.macs,)
+            for value in values:
+                positive_int("macs", value)
+        if self.fraction is not None and not (isinstance(self.fraction, (int, float)) and self.fraction > 0):
+            raise ValueError(f"fraction must be a number above 0; found {self.fraction!r}")
+        if self.exit is not None and (isinstance(self.exit, bool) or not isinstance(self.exit, int) or self.exit < 0):
+            raise ValueError(f"exit must be an int of at least 0; found {self.exit!r}")
+        if self.confidence is not None:
+            ratio("confidence", self.confidence)
+        if self.input_size is not None:
+            check_input_size(self.input_size)
+
+
+def check_input_size(size: Any) -> tuple[int, int, int]:
+    """(channels, height, width) as a tuple of three positive ints, else a `ValueError`."""
+    if not isinstance(size, (tuple, list)) or len(size) != 3:
+        raise ValueError(f"input_size must be (channels, height, width); found {size!r}")
+    for value in size:
+        positive_int("each of input_size", value)
+    return (int(size[0]), int(size[1]), int(size[2]))

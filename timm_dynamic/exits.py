@@ -1,0 +1,80 @@
+"""Exits: branch classifiers after a stage, and when an image leaves there."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .configs import ExitConfig
+
+
+class ExitHead(nn.Module):
+    """A branch classifier (DDI, supplement 8, fig. 13). [B, C, H, W] -> [B, classes].
+
+    Each pooling step halves the resolution and doubles the channels: 2x2 max pool, 3x3 depthwise and 1x1 convolution,
+    batch norm, ReLU. Then average pool and linear.
+    """
+
+    def __init__(self, channels: int, num_classes: int, pools: int, normalise: bool) -> None:
+        """Build the classifier.
+
+        Args:
+            channels: of the input.
+            num_classes: 0 for no linear layer, as in timm.
+            pools: how many pooling steps: max(0, 3 - k) at stage k.
+            normalise: start with batch norm and ReLU (features of a DenseNet come without).
+        """
+        super().__init__()
+        self.pre = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) if normalise else nn.Identity()
+        steps = []
+        for _ in range(pools):
+            steps += [
+                nn.MaxPool2d(2, ceil_mode=True),
+                nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+                nn.Conv2d(channels, 2 * channels, 1, bias=False),
+                nn.BatchNorm2d(2 * channels),
+                nn.ReLU(inplace=True),
+            ]
+            channels *= 2
+        self.pools = nn.Sequential(*steps)
+        self.num_features = channels
+        self.fc: nn.Module = nn.Identity()
+        self.reset(num_classes)
+
+    def reset(self, num_classes: int, like: Tensor | None = None) -> None:
+        """A fresh linear layer for `num_classes` classes (none for 0), of the device and dtype of `like`."""
+        with torch.inference_mode(False):
+            fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc = fc if like is None else fc.to(like.device, like.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] -> logits [B, classes]."""
+        return self.fc(self.pools(self.pre(x)).mean((2, 3)))
+
+
+class Exits(nn.Module):
+    """The branch classifiers of a network and the units after which they stand."""
+
+    def __init__(self, config: ExitConfig, after: Sequence[int], heads: Sequence[ExitHead]) -> None:
+        super().__init__()
+        self.config = config
+        self.after = tuple(after)  # places in the running order of all units, ascending
+        self.heads = nn.ModuleList(heads)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] -> logits [B, classes] of exit `index`."""
+        return self.heads[index](x)
+
+    def cut(self, units: int) -> None:
+        """Forget the exits that stand after the last of `units` units or beyond."""
+        kept = [i for i, place in enumerate(self.after) if place < units - 1]
+        self.after = tuple(self.after[i] for i in kept)
+        self.heads = nn.ModuleList(self.heads[i] for i in kept)
+
+
+def confident(logits: Tensor, confidence: float) -> Tensor:
+    """Whether the largest softmax probability is at least `confidence`. logits: [B, classes] -> bool [B]."""
+    return logits.float().softmax(-1).amax(-1) >= confidence

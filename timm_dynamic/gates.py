@@ -1,0 +1,252 @@
+"""Gates: small networks that look at a unit's input and say what of the unit is computed."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .configs import ChannelGateConfig, LayerGateConfig
+
+OPEN_PROB = 0.88  # what an open gate starts at: keeps for sure, and still has a gradient
+RNN_SIZE = 10  # input and hidden size of the RNNGate (SkipNet, section 3.1)
+Memory = tuple[Tensor, Tensor] | None
+
+
+def straight_through(prob: Tensor) -> Tensor:
+    """The hard decision forward, the probability's gradient backward (SkipNet, eq. 7).
+
+    Args:
+        prob: any shape, values in 0..1.
+
+    Returns:
+        Exactly 0.0 or 1.0, of the same shape; its derivative by `prob` is 1.
+    """
+    return (prob >= 0.5).to(prob.dtype) + (prob - prob.detach())
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Global average pool. x: [B, C, H, W] -> [B, C]."""
+    return x.mean((2, 3))
+
+
+def open_gate(linear: nn.Linear, prob: float = OPEN_PROB) -> None:
+    """Make a gate's last layer say `prob` whatever its input."""
+    nn.init.zeros_(linear.weight)
+    nn.init.constant_(linear.bias, math.log(prob / (1 - prob)))
+
+
+class GateSite(NamedTuple):
+    """What a gate has to know about the unit that it stands before."""
+
+    name: str
+    channels: int  # of the unit's input
+    body: float  # the unit's MACs per pixel of its input
+    grows: bool  # a dense layer: every unit has an input width of its own
+    widths: tuple[int, ...]  # hidden widths
+    aligns: tuple[int, ...]  # channels that each hidden width can only drop together
+    growth: int  # channels of the unit's output
+
+
+# Layer gates ---------------------------------------------------------------------------------------------------------
+
+# kind -> (max pool, strides of the 3x3 convolutions, share of a BasicBlock that C-to-C convolutions cost)
+FEED_FORWARD: dict[str, tuple[bool, tuple[int, ...], float]] = {
+    "ff1": (True, (1, 2), 0.15625),
+    "ff2": (False, (2,), 0.125),
+    "linear": (False, (), 0.0),
+}
+LARGEST_SHARE = 0.21  # up to this share an FFGate has the paper's C-to-C convolutions (20.8 % at a stage change)
+
+
+def gate_width(kind: str, site: GateSite) -> int:
+    """Hidden channels of an FFGate: C where that is near the paper's share of the unit, else what meets the share."""
+    pool, strides, target = FEED_FORWARD[kind]
+    first = 9 / (4 if pool else 1) / strides[0] ** 2  # MACs per input pixel and pair of channels
+    second = first / strides[1] ** 2 if len(strides) > 1 else 0.0
+    c = site.channels
+    if (first + second) * c * c <= LARGEST_SHARE * site.body:
+        return c
+    # second * w^2 + first * c * w = target * body
+    root = math.sqrt((first * c) ** 2 + 4 * second * target * site.body)
+    width = (root - first * c) / (2 * second) if second else target * site.body / (first * c)
+    return max(1, min(c, round(width)))
+
+
+class FeedForwardGate(nn.Sequential):
+    """FFGate-I, FFGate-II or the linear gate (SkipNet, section 3.1, fig. 3). [B, C, H, W] -> logit [B, 1]."""
+
+    def __init__(self, config: LayerGateConfig, site: GateSite) -> None:
+        super().__init__()
+        pool, strides, _ = FEED_FORWARD[config.kind]
+        channels = site.channels
+        if pool:
+            self.add_module("pool", nn.MaxPool2d(2, ceil_mode=True))
+        for i, stride in enumerate(strides):
+            width = config.width or gate_width(config.kind, site)
+            self.add_module(f"conv{i + 1}", nn.Conv2d(channels, width, 3, stride, padding=1, bias=False))
+            self.add_module(f"norm{i + 1}", nn.BatchNorm2d(width))
+            self.add_module(f"act{i + 1}", nn.ReLU(inplace=True))
+            channels = width
+        self.add_module("gap", nn.AdaptiveAvgPool2d(1))
+        self.add_module("flat", nn.Flatten(1))
+        last = nn.Linear(channels, 1)
+        self.add_module("fc", last)
+        if config.init == "open":
+            open_gate(last)
+
+
+class FeedForwardGates(nn.Module):
+    """One gate of its own for each gated unit."""
+
+    def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
+        super().__init__()
+        self.config = config
+        self.gates = nn.ModuleList(FeedForwardGate(config, site) for site in sites)
+
+    def __len__(self) -> int:
+        return len(self.gates)
+
+    def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and `memory` as it was."""
+        return torch.sigmoid(self.gates[index](x).float()).flatten(), memory
+
+    def cut(self, count: int) -> None:
+        """Forget the gates from `count` on."""
+        self.gates = self.gates[:count]
+
+
+class RecurrentGates(nn.Module):
+    """RNNGate: one LSTM cell shared by all units (SkipNet, section 3.1, fig. 3c).
+
+    A projection to the cell's input for each input width (each unit in a DenseNet). The state starts at zero in each
+    forward pass and is handed from unit to unit by the caller.
+    """
+
+    def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
+        super().__init__()
+        self.config = config
+        self.keys = [site.name.replace(".", "_") if site.grows else str(site.channels) for site in sites]
+        self.project = nn.ModuleDict(
+            {key: nn.Linear(site.channels, RNN_SIZE) for key, site in zip(self.keys, sites, strict=True)}
+        )
+        self.cell = nn.LSTMCell(RNN_SIZE, RNN_SIZE)
+        self.fc = nn.Linear(RNN_SIZE, 1)
+        if config.init == "open":
+            open_gate(self.fc)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
+        hidden, cell = self.cell(self.project[self.keys[index]](pooled(x)), memory)
+        return torch.sigmoid(self.fc(hidden).float()).flatten(), (hidden, cell)
+
+    def cut(self, count: int) -> None:
+        """Forget what only the gates from `count` on use."""
+        self.keys = self.keys[:count]
+        for key in list(self.project):
+            if key not in self.keys:
+                del self.project[key]
+
+
+LayerGates = FeedForwardGates | RecurrentGates
+
+
+def make_layer_gates(config: LayerGateConfig, sites: Sequence[GateSite]) -> LayerGates:
+    """The layer gates of a network, one for each site."""
+    return (RecurrentGates if config.kind == "rnn" else FeedForwardGates)(config, sites)
+
+
+# Channel gates -------------------------------------------------------------------------------------------------------
+
+
+def group_sizes(config: ChannelGateConfig, width: int, align: int = 1) -> tuple[int, ...]:
+    """Sizes of the channel groups that a hidden width is divided into.
+
+    Args:
+        config: gives `group_size`, or `levels` where the mode is nested.
+        width: hidden channels.
+        align: channels that can only be dropped together; divides `width`.
+
+    Returns:
+        Sizes that add up to `width`: all alike but the last, which may be smaller.
+    """
+    wanted = math.ceil(width / config.levels) if config.mode == "nested" else config.group_size
+    size = min(width, math.ceil(wanted / align) * align)
+    return (size,) * (width // size) + ((width % size,) if width % size else ())
+
+
+class PooledChannelGate(nn.Sequential):
+    """A light channel gate for residual blocks: pool, a small hidden layer, linear. [B, C, H, W] -> [B, groups]."""
+
+    def __init__(self, site: GateSite, groups: int) -> None:
+        super().__init__()
+        hidden = max(8, site.channels // 16)
+        self.add_module("gap", nn.AdaptiveAvgPool2d(1))
+        self.add_module("flat", nn.Flatten(1))
+        self.add_module("fc1", nn.Linear(site.channels, hidden))
+        self.add_module("act", nn.ReLU(inplace=True))
+        self.add_module("fc", nn.Linear(hidden, groups))
+
+
+class NarrowDenseGate(nn.Sequential):
+    """A narrow copy of a dense layer (DDI, supplement 7, fig. 12): the 1x1 at stride 2 and with half of the outputs.
+
+    [B, C, H, W] -> [B, groups]. 12.5 % of the dense layer's MACs, plus the linear layer.
+    """
+
+    def __init__(self, site: GateSite, groups: int) -> None:
+        super().__init__()
+        hidden = max(1, site.widths[0] // 2)
+        self.add_module("norm1", nn.BatchNorm2d(site.channels))
+        self.add_module("act1", nn.ReLU(inplace=True))
+        self.add_module("conv1", nn.Conv2d(site.channels, hidden, 1, stride=2, bias=False))
+        self.add_module("norm2", nn.BatchNorm2d(hidden))
+        self.add_module("act2", nn.ReLU(inplace=True))
+        self.add_module("conv2", nn.Conv2d(hidden, site.growth, 3, padding=1, bias=False))
+        self.add_module("gap", nn.AdaptiveAvgPool2d(1))
+        self.add_module("flat", nn.Flatten(1))
+        self.add_module("fc", nn.Linear(site.growth, groups))
+
+
+class ChannelGates(nn.Module):
+    """One channel gate for each gated unit, deciding for all of the unit's hidden widths at once."""
+
+    def __init__(self, config: ChannelGateConfig, sites: Sequence[GateSite]) -> None:
+        super().__init__()
+        self.config = config
+        self.sizes: list[tuple[tuple[int, ...], ...]] = [  # for each unit, for each hidden width, sizes of its groups
+            tuple(group_sizes(config, w, a) for w, a in zip(site.widths, site.aligns, strict=True)) for site in sites
+        ]
+        self.gates = nn.ModuleList()
+        for site, sizes in zip(sites, self.sizes, strict=True):
+            kind = NarrowDenseGate if site.grows else PooledChannelGate
+            gate = kind(site, sum(map(len, sizes)))
+            if config.init == "open":
+                # a nested group's probability is a product over the groups before it
+                deepest = max(map(len, sizes)) if config.mode == "nested" else 1
+                open_gate(gate.get_submodule("fc"), OPEN_PROB ** (1 / deepest))  # type: ignore[arg-type]
+            self.gates.append(gate)
+
+    def __len__(self) -> int:
+        return len(self.gates)
+
+    def forward(self, index: int, x: Tensor) -> list[Tensor]:
+        """x: [B, C, H, W] -> for each hidden width of unit `index`, probabilities [B, groups] in float32."""
+        prob = torch.sigmoid(self.gates[index](x).float())
+        parts = prob.split([len(sizes) for sizes in self.sizes[index]], dim=1)
+        return [part.cumprod(1) if self.config.mode == "nested" else part for part in parts]
+
+    def cut(self, count: int) -> None:
+        """Forget the gates from `count` on."""
+        self.gates, self.sizes = self.gates[:count], self.sizes[:count]
+
+
+def widen(keep: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Keeps of groups as keeps of channels. keep: [B, groups] -> [B, channels]."""
+    if len(set(sizes)) == 1:
+        return keep.repeat_interleave(sizes[0], dim=1)
+    return torch.cat([keep[:, i : i + 1].expand(-1, size) for i, size in enumerate(sizes)], dim=1)

@@ -1,0 +1,149 @@
+"""Leaving early: who leaves at which exit, and what they leave with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import costs
+from .configs import BudgetConfig
+from .exits import confident
+from .walk import Walk
+
+
+class Rule:
+    """Who leaves at an exit: by budget, or because it is forced."""
+
+    def __init__(self, walk: Walk, budget: BudgetConfig | None, batch: int) -> None:
+        self.walk, self.budget = walk, budget
+        self.most: Tensor | None = None  # int64 [B], the MACs that an image may cost
+        if budget is not None and (budget.macs is not None or budget.fraction is not None):
+            assert walk.table is not None
+            self.most = allowed_macs(budget, walk.table, batch).to(walk.x.device)
+
+    def leaving(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Bool over the images in `walk.x`, and the exit's logits of all of them if it had to be evaluated."""
+        walk, logits = self.walk, None
+        last = index == len(walk.stops) - 1
+        leave = torch.full((walk.images(),), last, dtype=torch.bool, device=walk.x.device)
+        if last:
+            return (leave if walk.alive is None else walk.alive), None
+        if walk.forced is not None and walk.forced.exit is not None:
+            leave = leave | (walk.mine(walk.forced.exit) <= index)
+        if self.most is not None:
+            assert walk.table is not None
+            leave = leave | (walk.spent + walk.table.segment(index + 1) > walk.mine(self.most))
+        elif self.budget is not None and self.budget.exit is not None:
+            leave = leave | (self.budget.exit <= index)
+        elif self.budget is not None and self.budget.confidence is not None:
+            logits = walk.classify(index, walk.x)
+            if walk.table is not None:  # every image still here pays for this exit
+                walk.spent = walk.spent + walk.cost_of(index)
+            if walk.forced is None or walk.forced.exit is None:
+                leave = leave | confident(logits, self.budget.confidence)
+        return (leave if walk.alive is None else leave & walk.alive), logits
+
+
+def allowed_macs(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -> Tensor:
+    """What each image may cost, in MACs.
+
+    Args:
+        budget: one with `macs` or `fraction`.
+        table: for the input size at hand.
+        batch: number of images, or None to check the values only.
+
+    Returns:
+        int64 [B], or [values] if `batch` is None.
+
+    Raises:
+        ValueError: if it is less than the dearest way to the first exit, or of the wrong length.
+    """
+    macs = budget.macs if budget.macs is not None else int(table.dense * budget.fraction)  # type: ignore[operator]
+    most = torch.as_tensor(macs, dtype=torch.int64)
+    if most.dim() and batch is not None and len(most) != batch:
+        raise ValueError(f"the budget has one value for each of {len(most)} images; found a batch of {batch}")
+    least = table.exits[0].dearest
+    if bool((most < least).any()):
+        share = f" (fraction {least / table.dense:.4f})"
+        raise ValueError(
+            f"a budget of {int(most.min())} MACs is too small: at input size {table.input_size} the dearest way to "
+            f"the first exit costs {least} MACs{share}, the smallest budget possible"
+        )
+    return most if batch is None else most.expand(batch)
+
+
+def leave_early(walk: Walk, batch: int, keep_all: bool = False) -> tuple[Tensor, list[Tensor | None], Any, Any]:
+    """Walk until every image has left.
+
+    Returns:
+        Logits [B, classes]; those of each exit if `keep_all`; exit index and MACs of each image.
+    """
+    budget = walk.model.dynamic.budget
+    may_leave = budget is not None or (walk.forced is not None and walk.forced.exit is not None)
+    if not may_leave:
+        last = len(walk.stops) - 1
+        walk.to_exit(last)
+        logits = walk.classify(last, walk.x)
+        spent = walk.spent + walk.cost_of(last) if walk.table is not None else None
+        return logits, [None] * last + [logits], last, spent
+    rule = Rule(walk, budget, batch)
+    done = Results(batch, len(walk.stops), keep_all)
+    for index in range(len(walk.stops)):
+        walk.to_exit(index)
+        leave, evaluated = rule.leaving(index)
+        if not walk.masked and not bool(leave.any()):
+            done.see(walk, index, evaluated)
+            continue
+        done.take(walk, index, leave, evaluated)
+        walk.drop(leave)
+        if not walk.masked and walk.images() == 0:
+            break
+    return done.logits, done.exit_logits, done.exit_index, done.macs  # type: ignore[return-value]
+
+
+class Results:
+    """Logits and costs of the images that have left."""
+
+    def __init__(self, batch: int, exits: int, keep_all: bool) -> None:
+        self.batch, self.keep_all = batch, keep_all
+        self.logits: Tensor | None = None
+        self.exit_logits: list[Tensor | None] = [None] * exits
+        self.exit_index: Tensor | None = None
+        self.macs: Tensor | None = None
+
+    def see(self, walk: Walk, index: int, logits: Tensor | None) -> None:
+        """Note the logits of an exit that was evaluated for the images still on their way."""
+        if logits is not None and self.keep_all:
+            here = slice(None) if walk.rows is None else walk.rows
+            if walk.alive is not None:
+                here = walk.alive
+                logits = logits[walk.alive]
+            self.exit_logits[index] = self._put(self.exit_logits[index], here, logits, float("nan"))
+
+    def take(self, walk: Walk, index: int, leave: Tensor, logits: Tensor | None) -> None:
+        """Classify the images that leave here, and keep what they got and spent."""
+        self.see(walk, index, logits)
+        everyone = not walk.masked and bool(leave.all())
+        evaluated = logits is not None
+        if logits is None:
+            logits = walk.classify(index, walk.x if walk.masked or everyone else walk.x[leave])
+        if (walk.masked or evaluated) and not everyone:
+            logits = logits[leave]
+        places = leave.nonzero().flatten() if walk.rows is None else walk.rows[leave]
+        here: Any = slice(None) if everyone and walk.rows is None else places
+        self.logits = self._put(self.logits, here, logits, 0.0)
+        if self.keep_all and not evaluated:
+            self.exit_logits[index] = self._put(self.exit_logits[index], here, logits, float("nan"))
+        self.exit_index = self._put(self.exit_index, places, torch.full_like(places, index), 0)
+        if walk.table is not None:
+            spent = torch.as_tensor(walk.spent, device=logits.device).expand(walk.images())[leave]
+            spent = spent if evaluated else spent + walk.cost_of(index)
+            self.macs = self._put(self.macs, places, spent, 0)
+
+    def _put(self, into: Tensor | None, here: Any, values: Tensor, empty: float) -> Tensor:
+        if into is None and isinstance(here, slice):
+            return values
+        if into is None:
+            into = torch.full((self.batch, *values.shape[1:]), empty, dtype=values.dtype, device=values.device)
+        into[here] = values
+        return into

@@ -1,0 +1,164 @@
+"""The names: `skipnet_*`, `iadi_*` and `ddi_*` of every ResNet and DenseNet, for timm and for torchvision.
+
+A paper is a row in a table, not a class.
+"""
+
+import dataclasses
+import inspect
+import logging
+import sys
+from collections import deque
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torchvision
+from timm.models import build_model_with_cfg, register_model
+from timm.models._pretrained import DefaultCfg
+from timm.models.densenet import default_cfgs as densenet_cfgs
+from timm.models.resnet import default_cfgs as resnet_cfgs
+from torch import Tensor, nn
+from torchvision.models import _api as torchvision_api
+from torchvision.models import densenet as tv_densenet
+from torchvision.models import resnet as tv_resnet
+
+from .budgets import check_budget
+from .cifar import default_cfgs as cifar_cfgs
+from .configs import BudgetConfig
+from .surgery import PARTS, add_channel_gates, add_exits, add_layer_gates
+
+_logger = logging.getLogger(__name__)
+
+
+class Method(NamedTuple):
+    """The parts that a paper's networks have."""
+
+    layer_gates: bool
+    channel_gates: bool
+    exits: bool
+
+
+METHODS = {
+    "skipnet": Method(layer_gates=True, channel_gates=False, exits=False),
+    "iadi": Method(layer_gates=True, channel_gates=True, exits=False),
+    "ddi": Method(layer_gates=True, channel_gates=True, exits=True),
+}
+BASES = {"resnet": resnet_cfgs, "densenet": densenet_cfgs, "cifar": cifar_cfgs}  # module of timm's registry -> cfgs
+
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def add_parts(
+    model: Any,
+    method: Method,
+    layer_gates: Any = None,
+    channel_gates: Any = None,
+    exits: Any = None,
+    budget: Any = None,
+) -> Any:
+    """Give a stock model the parts of a method.
+
+    Args:
+        model: a stock model; changed in place.
+        method: which parts there are by default.
+        layer_gates: a config, a dict, or False for none; None for what the method has.
+        channel_gates: likewise.
+        exits: likewise.
+        budget: a `BudgetConfig`, a dict, or False for none.
+    """
+    verbs = (add_layer_gates, add_channel_gates, add_exits)
+    for verb, default, wanted in zip(verbs, method, (layer_gates, channel_gates, exits), strict=True):
+        if wanted is not False and (default or wanted is not None):
+            verb(model, None if wanted is True else wanted)
+    if budget is not None and budget is not False:
+        config = BudgetConfig.make(budget)
+        check_budget(model, config)
+        model.dynamic.budget = config
+    return model
+
+
+def _build_timm(base: str, method: Method, **kwargs: Any) -> nn.Module:
+    """The callable that timm's builder makes a model with, before it loads weights."""
+    parts = {name: kwargs.pop(name, None) for name in (*PARTS, "budget")}
+    return add_parts(timm.create_model(base, **kwargs), method, **parts)
+
+
+def is_part(key: str) -> bool:
+    """Whether a state-dict key belongs to gates or exits."""
+    return key.split(".", 1)[0] in PARTS
+
+
+def complete(base: str, state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Make base weights loadable into a dynamic model: its own fresh gates and exits join them.
+
+    Weights that have any gate or exit must have them all; exits of another number of classes start afresh.
+    """
+    if base in densenet_cfgs:
+        state_dict = timm.models.densenet._filter_torchvision_pretrained(state_dict)
+    own = {key: value for key, value in model.state_dict().items() if is_part(key)}
+    if not any(map(is_part, state_dict)):
+        if own:
+            _logger.info(f"These are weights of {base}: its gates are open and not trained yet.")
+        return {**state_dict, **own}
+    for key, value in own.items():
+        if key.startswith("exits.") and ".fc." in key and key in state_dict and state_dict[key].shape != value.shape:
+            state_dict[key] = value
+    return state_dict
+
+
+def _cfgs_of(base: str, cfgs: DefaultCfg) -> DefaultCfg:
+    """The base's pretrained configs, with the base's own place on the Hub written out."""
+    own = {}
+    for tag, cfg in cfgs.cfgs.items():
+        full = f"timm/{base}.{tag}" if tag else f"timm/{base}"
+        own[tag] = dataclasses.replace(cfg, hf_hub_id=full) if cfg.hf_hub_id == "timm/" else cfg
+    return DefaultCfg(tags=deque(cfgs.tags), cfgs=own, is_pretrained=cfgs.is_pretrained)
+
+
+def _publish(fn: Any, name: str, doc: str) -> Any:
+    """Make a function that was made in a loop a member of this module, so that it can be found and pickled."""
+    fn.__name__ = fn.__qualname__ = name
+    fn.__module__, fn.__doc__ = __name__, doc
+    setattr(sys.modules[__name__], name, fn)
+    return fn
+
+
+def _register_timm(prefix: str, base: str, cfgs: DefaultCfg) -> None:
+    name = f"{prefix}_{base}"
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(
+            partial(_build_timm, base, METHODS[prefix]),
+            name,
+            pretrained,
+            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(4 if base in cifar_cfgs else 5))},
+            pretrained_filter_fn=partial(complete, base),
+            **kwargs,
+        )
+
+    default_cfgs[name] = _cfgs_of(base, cfgs)
+    register_model(_publish(entry, name, f"`{base}` of timm with the parts of {prefix}; see `add_parts`."))
+
+
+def _register_torchvision(prefix: str, base: str, builder: Any) -> None:
+    name = f"{prefix}_{base}"
+
+    def entry(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> nn.Module:
+        parts = {part: kwargs.pop(part, None) for part in (*PARTS, "budget")}
+        return add_parts(builder(weights=weights, progress=progress, **kwargs), METHODS[prefix], **parts)
+
+    entry.__signature__ = inspect.signature(builder)  # type: ignore[attr-defined]
+    _publish(entry, f"torchvision_{name}", f"`{base}` of torchvision with the parts of {prefix}; see `add_parts`.")
+    torchvision_api.register_model(name)(entry)
+
+
+for _module, _base_cfgs in BASES.items():
+    for _base in timm.list_models(module=_module):
+        if _base in _base_cfgs:
+            for _prefix in METHODS:
+                _register_timm(_prefix, _base, _base_cfgs[_base])
+for _base in torchvision_api.list_models(module=torchvision.models):
+    _builder = torchvision_api.get_model_builder(_base)
+    if _builder.__module__ in (tv_resnet.__name__, tv_densenet.__name__):
+        for _prefix in METHODS:
+            _register_torchvision(_prefix, _base, _builder)

@@ -1,0 +1,105 @@
+"""The dynamic twin of each stock class: same modules and same contract, another forward."""
+
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from . import families
+from .cifar import CifarDenseNet, CifarResNet
+from .forward import features, forward
+from .walk import Walk
+
+
+def _forward(self: Any, x: Tensor) -> Any:
+    """Logits; see `timm_dynamic.forward.forward`."""
+    return forward(self, x)
+
+
+def _forward_features(self: Any, x: Tensor) -> Tensor:
+    """The trunk's output, gates at work, exits and budgets aside."""
+    return features(self, x)
+
+
+def _forward_intermediates(
+    self: Any,
+    x: Tensor,
+    indices: int | list[int] | None = None,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    """The stem and each stage as timm gives them, gates at work, exits and budgets aside."""
+    assert output_fmt == "NCHW", "Output shape must be NCHW."
+    take, most = feature_take_indices(len(self.feature_info), indices)
+    walk = Walk(self, x, budgeted=False)
+    found = [walk.tapped] if 0 in take else []
+    ends = [i for i, unit in enumerate(walk.units) if unit.last]
+    for level, end in enumerate(ends, start=1):
+        if stop_early and level > most:
+            break
+        walk.to_unit(end)
+        if level == len(ends):
+            walk.x = walk.finish(walk.x)
+        if level in take:
+            found.append(walk.x)
+    return found if intermediates_only else (walk.x, found)
+
+
+def _timm_root(name: str, base: Any) -> Any:
+    """The dynamic twin of a timm class."""
+
+    def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's; the gates and exits of units that are no more go too."""
+        before = len(families.units(self))
+        taken = base.prune_intermediate_layers(self, *args, **kwargs)
+        left = len(families.units(self))
+        for part in (p for p in ("layer_gates", "channel_gates") if left < before and hasattr(self, p)):
+            getattr(self, part).cut(max(left - 1, 0))
+        if left < before and hasattr(self, "exits"):
+            self.exits.cut(left)
+        self.dynamic.tables.clear()
+        return taken
+
+    def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's; the exits follow."""
+        base.reset_classifier(self, num_classes, global_pool)
+        self.dynamic.tables.clear()
+        for head in self.exits.heads if hasattr(self, "exits") else ():
+            head.reset(num_classes, next(self.parameters()))
+            head.fc.train(self.training)
+
+    return _root(
+        name,
+        base,
+        forward_features=_forward_features,
+        forward_intermediates=_forward_intermediates,
+        prune_intermediate_layers=prune_intermediate_layers,
+        reset_classifier=reset_classifier,
+    )
+
+
+def _root(name: str, base: Any, **methods: Any) -> Any:
+    doc = f"{base.__name__} with gates or exits."
+    return type(name, (base,), {"__module__": __name__, "__doc__": doc, "forward": _forward, **methods})
+
+
+DynamicResNet = _timm_root("DynamicResNet", families.TimmResNet)
+DynamicDenseNet = _timm_root("DynamicDenseNet", families.TimmDenseNet)
+DynamicCifarResNet = _timm_root("DynamicCifarResNet", CifarResNet)
+DynamicCifarDenseNet = _timm_root("DynamicCifarDenseNet", CifarDenseNet)
+DynamicTorchvisionResNet = _root("DynamicTorchvisionResNet", families.TorchvisionResNet)
+DynamicTorchvisionDenseNet = _root("DynamicTorchvisionDenseNet", families.TorchvisionDenseNet)
+
+ROOTS: dict[type[nn.Module], type[nn.Module]] = {
+    cls.__bases__[0]: cls
+    for cls in (
+        DynamicResNet,
+        DynamicDenseNet,
+        DynamicCifarResNet,
+        DynamicCifarDenseNet,
+        DynamicTorchvisionResNet,
+        DynamicTorchvisionDenseNet,
+    )
+}

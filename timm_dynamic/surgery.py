@@ -1,0 +1,272 @@
+"""Verbs on a model: add gates and exits, take them off again, force decisions, choose the execution.
+
+Each changes the model in place and returns it. Everything is checked before anything is changed.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import families
+from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, ratio
+from .exits import ExitHead, Exits
+from .gates import ChannelGates, GateSite, make_layer_gates
+from .roots import ROOTS
+from .walk import Dynamic, Forced, dynamic_of
+
+PARTS = ("layer_gates", "channel_gates", "exits")
+
+
+def add_layer_gates(model: Any, config: LayerGateConfig | str | dict[str, Any] | None = None) -> Any:
+    """Give every unit but the first a layer gate (SkipNet, eq. 1).
+
+    Args:
+        model: a ResNet or DenseNet of timm or torchvision, or a dynamic one without layer gates.
+        config: a kind ("ff1", "ff2", "rnn", "linear") or a `LayerGateConfig`.
+
+    Returns:
+        The same model. With `init="open"` it still computes exactly what it did.
+
+    Raises:
+        ValueError: if the model has no units, has layer gates already, or the config is wrong. Nothing is changed.
+    """
+    chosen = LayerGateConfig.make(config)
+    sites = _sites(model, "layer_gates")
+    return _attach(model, "layer_gates", lambda: make_layer_gates(chosen, sites))
+
+
+def add_channel_gates(model: Any, config: ChannelGateConfig | str | dict[str, Any] | None = None) -> Any:
+    """Give every unit but the first a channel gate over its hidden channels (DDI, section 3.1.3).
+
+    Args:
+        model: a ResNet or DenseNet of timm or torchvision, or a dynamic one without channel gates.
+        config: a `ChannelGateConfig`; None for the defaults.
+
+    Returns:
+        The same model. With `init="open"` it still computes exactly what it did.
+
+    Raises:
+        ValueError: if the model has no units, has channel gates already, has units whose hidden channels cannot be
+            computed one without the other, or the config is wrong. Nothing is changed.
+    """
+    chosen = ChannelGateConfig.make(config)
+    sites = _sites(model, "channel_gates")
+    for unit in families.units(model)[1:]:
+        steps = unit.kind.steps(unit.module)
+        for module in (m for _, after in steps[:-1] for m in after if not families.channelwise(m)):
+            raise ValueError(
+                f"no channel gate for {unit.name} of {families.model_name(model)!r}: "
+                f"{type(module).__name__} cannot run on some of the hidden channels; use layer gates"
+            )
+    return _attach(model, "channel_gates", lambda: ChannelGates(chosen, sites))
+
+
+def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> Any:
+    """Give stages (or units) a branch classifier (DDI, supplement 8).
+
+    Args:
+        model: a ResNet or DenseNet of timm or torchvision, or a dynamic one without exits.
+        config: an `ExitConfig`; None for one exit after every stage but the last.
+
+    Returns:
+        The same model. In training it then gives a tuple of logits, the head's last.
+
+    Raises:
+        ValueError: if the model has no units, has exits already, or a place does not exist. Nothing is changed.
+    """
+    chosen = ExitConfig.make(config)
+    _sites(model, "exits")
+    all_units = families.units(model)
+    after = _places(model, chosen, all_units)
+    classes = getattr(model.get_submodule(families.family(model).classifier), "out_features", 0)
+
+    def build() -> Exits:
+        heads = [
+            ExitHead(_channels_after(all_units, i), classes, max(0, 2 - all_units[i].stage), all_units[i].kind.grows)
+            for i in after
+        ]
+        return Exits(chosen, after, heads)
+
+    return _attach(model, "exits", build)
+
+
+def strip(model: Any) -> Any:
+    """Take all gates and exits off: the stock model again, with the weights that it has now.
+
+    Raises:
+        ValueError: if the model is a stock one.
+    """
+    dynamic = dynamic_of(model)
+    for part in PARTS:
+        if hasattr(model, part):
+            delattr(model, part)
+    del model.dynamic
+    model.__class__ = dynamic.base
+    return model
+
+
+def set_execution(model: Any, execution: str) -> Any:
+    """Choose how a dynamic model runs in eval: "skip" leaves work out, "masked" computes all and multiplies.
+
+    Training is always masked: batch norm must see the whole batch.
+
+    Raises:
+        ValueError: for another word, or a stock model.
+    """
+    one_of("execution", execution, ("skip", "masked"))
+    dynamic_of(model).execution = execution
+    return model
+
+
+@contextmanager
+def force(
+    model: Any,
+    *,
+    layer_keep: float | Tensor | None = None,
+    channel_keep: float | Sequence[Tensor] | None = None,
+    exit: int | Tensor | None = None,
+) -> Iterator[Any]:
+    """Override what the gates decide, within a `with` block. The gates still run and are still counted.
+
+    Args:
+        model: a dynamic model.
+        layer_keep: a ratio in 0..1, drawn anew for each image and unit at each forward from torch's generator, or
+            keeps [B, units].
+        channel_keep: a ratio, or keeps [B, groups] for each gated hidden width.
+        exit: where images leave (0 is the first exit), one for all or one each [B]. A hard budget outranks it.
+
+    Raises:
+        ValueError: for a part that the model lacks, a ratio outside 0..1, or a wrong shape or value.
+    """
+    dynamic = dynamic_of(model)
+    if layer_keep is not None:
+        _check_has(model, "layer_gates", "layer_keep")
+        _check_keep("layer_keep", layer_keep, len(model.layer_gates))
+    if channel_keep is not None:
+        _check_has(model, "channel_gates", "channel_keep")
+        _check_channel_keep(model, channel_keep)
+    if exit is not None:
+        _check_has(model, "exits", "exit")
+        _check_exit(exit, len(model.exits) + 1)
+    before, dynamic.forced = dynamic.forced, Forced(layer_keep, channel_keep, exit)
+    try:
+        yield model
+    finally:
+        dynamic.forced = before
+
+
+# Checks and building -------------------------------------------------------------------------------------------------
+
+
+def _check_has(model: Any, part: str, option: str) -> None:
+    if not hasattr(model, part):
+        raise ValueError(f"force({option}=) needs a model with {part}; {families.model_name(model)!r} has none")
+
+
+def _check_keep(what: str, keep: Any, columns: int) -> None:
+    if not isinstance(keep, Tensor):
+        ratio(what, keep)
+        return
+    if keep.dim() != 2 or keep.shape[1] != columns:
+        raise ValueError(f"{what} must have shape [batch, {columns}]; found {list(keep.shape)}")
+    if not bool(((keep == 0) | (keep == 1)).all()):
+        raise ValueError(f"{what} must hold 0 and 1 only")
+
+
+def _check_channel_keep(model: Any, keep: Any) -> None:
+    counts = [len(sizes) for unit in model.channel_gates.sizes for sizes in unit]
+    if isinstance(keep, (int, float)):
+        ratio("channel_keep", keep)
+        return
+    if isinstance(keep, Tensor) or not isinstance(keep, Sequence) or len(keep) != len(counts):
+        found = f"{len(keep)}" if isinstance(keep, (list, tuple)) else type(keep).__name__
+        raise ValueError(f"channel_keep must be a ratio or a list of {len(counts)} tensors; found {found}")
+    for i, (part, columns) in enumerate(zip(keep, counts, strict=True)):
+        if not isinstance(part, Tensor):
+            raise ValueError(f"channel_keep[{i}] must be a tensor [batch, {columns}]; found {type(part).__name__}")
+        _check_keep(f"channel_keep[{i}]", part, columns)
+
+
+def _check_exit(exit: Any, count: int) -> None:
+    values = torch.as_tensor(exit)
+    if values.dim() > 1 or values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"exit must be an int or a tensor of ints [batch]; found {exit!r}")
+    if bool(((values < 0) | (values >= count)).any()):
+        raise ValueError(f"exit must be in 0..{count - 1}; found {values.tolist()}")
+
+
+def _sites(model: Any, part: str) -> list[GateSite]:
+    """The units to be gated, after the checks that all `add_*` share."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"no units to gate: a model is needed; found {type(model).__name__}")
+    found = families.units(model)
+    if type(model) not in ROOTS and not hasattr(model, "dynamic"):
+        raise ValueError(f"no units to gate in {families.model_name(model)!r}: {type(model).__name__} is not known")
+    if hasattr(model, part):
+        raise ValueError(f"{families.model_name(model)!r} has {part} already; strip(model) takes them off")
+    if len(found) < 2:
+        raise ValueError(f"no units to gate in {families.model_name(model)!r}: it has {len(found)}, wanted 2 or more")
+    return [_site(unit) for unit in found[1:]]
+
+
+def _site(unit: families.Unit) -> GateSite:
+    steps = unit.kind.steps(unit.module)
+    body, area = 0.0, 1.0
+    for conv, _ in steps:
+        area /= conv.stride[0] * conv.stride[1]
+        body += area * conv.weight.numel()
+    aligns = [families.alignment(conv, after) for conv, after in steps[:-1]]
+    for i, (conv, _) in enumerate(steps[1:]):  # a grouped convolution's inputs belong together too
+        if conv.groups > 1 and i < len(aligns):
+            aligns[i] = max(aligns[i], conv.in_channels // conv.groups)
+    widths = tuple(conv.out_channels for conv, _ in steps[:-1])
+    first, last = steps[0][0], steps[-1][0]
+    return GateSite(unit.name, first.in_channels, body, unit.kind.grows, widths, tuple(aligns), last.out_channels)
+
+
+def _channels_after(all_units: Sequence[families.Unit], i: int) -> int:
+    """Channels that come out of unit `i`."""
+    steps = all_units[i].kind.steps(all_units[i].module)
+    growth: int = steps[-1][0].out_channels
+    return steps[0][0].in_channels + growth if all_units[i].kind.grows else growth
+
+
+def _places(model: Any, config: ExitConfig, all_units: Sequence[families.Unit]) -> list[int]:
+    """Places in the running order after which exits stand."""
+    names = {unit.name: i for i, unit in enumerate(all_units)}
+    stages = families.family(model).stages(model)
+    ends = [i for i, unit in enumerate(all_units) if unit.last]
+    names.update({name: end for (name, _), end in zip(stages, ends, strict=True)})
+    if config.after is None:
+        return ends[:-1]
+    found = set()
+    for place in config.after:
+        if isinstance(place, int):
+            if not 1 <= place <= len(ends):
+                raise ValueError(f"exits stand after stages 1..{len(ends) - 1}; found {place}")
+            place = stages[place - 1][0]
+        if place not in names:
+            raise ValueError(
+                f"no stage or unit {place!r} in {families.model_name(model)!r}; stages are "
+                + ", ".join(name for name, _ in stages)
+            )
+        if names[place] == len(all_units) - 1:
+            raise ValueError(f"no exit after {place!r}: the model's own head stands there")
+        found.add(names[place])
+    return sorted(found)
+
+
+def _attach(model: Any, part: str, build: Any) -> Any:
+    """Build a part where the model lives, then hang it on the root."""
+    like = next(model.parameters())
+    with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+        module = build().to(like.device, like.dtype).train(model.training)
+    if not hasattr(model, "dynamic"):
+        model.dynamic = Dynamic(type(model))
+        model.__class__ = ROOTS[type(model)]
+    model.add_module(part, module)
+    model.dynamic.tables.clear()
+    return model

@@ -1,0 +1,193 @@
+"""One unit, run three ways: dense, masked and skipping. All three mean the same.
+
+    output = keep * unit(x) + (1 - keep) * rest(x)        (SkipNet, eq. 1)
+
+`rest(x)` is what a residual block gives when its branch is zero, and zeros for a dense layer. Channel keeps zero the
+unit's hidden channels.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .families import Unit, rests_unchanged, run_slice
+
+Keeps = Sequence[Tensor]  # for each hidden width, keeps of its channels: [B, channels]
+
+
+def shortcut(unit: Unit, x: Tensor) -> Tensor:
+    """What is added to a residual block's branch: x, or the stock downsample of it. x: [B, C, H, W]."""
+    downsample = None if unit.kind.grows else unit.module.downsample
+    return x if downsample is None else downsample(x)
+
+
+def branch(unit: Unit, x: Tensor, keeps: Keeps | None = None) -> Tensor:
+    """The unit without its shortcut, hidden channels multiplied by `keeps`. x: [B, C, H, W]."""
+    for module in unit.kind.before(unit.module):
+        if module is not None:
+            x = module(x)
+    for i, (conv, after) in enumerate(unit.kind.steps(unit.module)):
+        x = conv(x)
+        for module in after:
+            if module is not None:
+                x = module(x)
+        if keeps is not None and i < len(keeps):
+            x = x * keeps[i].to(x.dtype)[:, :, None, None]
+    rate = unit.kind.dropout(unit.module)
+    return F.dropout(x, rate, unit.module.training) if rate > 0 else x
+
+
+def close(unit: Unit, y: Tensor, short: Tensor) -> Tensor:
+    """The unit's output from its branch and its shortcut; `y` is used up."""
+    if unit.kind.grows:
+        return y
+    y += short
+    return unit.kind.act(unit.module)(y)
+
+
+def rest(unit: Unit, short: Tensor) -> Tensor:
+    """What a skipped unit gives. short: [B, C, H, W], which is used up where it is not the unit's input."""
+    if unit.kind.grows:
+        growth = unit.kind.steps(unit.module)[-1][0].out_channels
+        return short.new_zeros(short.shape[0], growth, *short.shape[2:])
+    act = unit.kind.act(unit.module)
+    if unit.module.downsample is not None:
+        return act(short)
+    return short if rests_unchanged(act) else act(short.clone())
+
+
+def join(unit: Unit, x: Tensor, y: Tensor) -> Tensor:
+    """The next unit's input, from this unit's input and output."""
+    return torch.cat([x, y], 1) if unit.kind.grows else y
+
+
+def run_dense(unit: Unit, x: Tensor, keeps: Keeps | None = None) -> Tensor:
+    """The whole unit, as stock. x: [B, C, H, W]."""
+    y = branch(unit, x, keeps)
+    return close(unit, y, shortcut(unit, x))
+
+
+def run_masked(unit: Unit, x: Tensor, keep: Tensor | None, keeps: Keeps | None) -> Tensor:
+    """Everything computed, then mixed. x: [B, C, H, W], keep: [B] (0 to 1), keeps: [B, channels] each."""
+    if keep is None:
+        return run_dense(unit, x, keeps)
+    y = branch(unit, x, keeps)
+    short = shortcut(unit, x)
+    y = close(unit, y, short)
+    gate = keep.to(y.dtype)[:, None, None, None]
+    if unit.kind.grows:
+        return gate * y
+    return gate * y + (1 - gate) * rest(unit, short)
+
+
+def run_skipping(
+    unit: Unit, x: Tensor, keep: Tensor | None, choose: Callable[[Tensor, Tensor | None], Keeps | None]
+) -> Tensor:
+    """Only what is kept, for the images that keep it.
+
+    Args:
+        unit: in eval mode.
+        x: [B, C, H, W].
+        keep: bool [B]; None where the unit is not gated.
+        choose: given the inputs of the images that run and their places in `x` (None for all), says which channels
+            they keep: bool [B', channels] for each hidden width, or None for all. Not called if no image runs.
+    """
+    short = shortcut(unit, x)
+    places = None if keep is None else keep.nonzero().flatten()
+    if places is None or len(places) == len(x):
+        return close(unit, _sliced_branch(unit, x, choose(x, None)), short)
+    if len(places) == 0:
+        return rest(unit, short)
+    picked = x[places]
+    y = close(unit, _sliced_branch(unit, picked, choose(picked, places)), short if unit.kind.grows else short[places])
+    out = rest(unit, short)
+    out = out.clone() if out is x else out
+    out[places] = y
+    return out
+
+
+def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None) -> Tensor:
+    """The branch of each image with its own channels only: one run for each distinct pattern."""
+    if keeps is None or all(bool(k.all()) for k in keeps):
+        return branch(unit, x)
+    if len(x) == 1:
+        return _branch_slice(unit, x, [k[0].nonzero().flatten() for k in keeps])
+    patterns, which = torch.cat(list(keeps), 1).unique(dim=0, return_inverse=True)
+    out: Tensor | None = None
+    for i, pattern in enumerate(patterns):
+        places = (which == i).nonzero().flatten()
+        kept = [part.nonzero().flatten() for part in pattern.split([k.shape[1] for k in keeps])]
+        y = _branch_slice(unit, x[places], kept)
+        if out is None:
+            out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=_layout(y))
+        out[places] = y
+    assert out is not None
+    return out
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """The branch with the hidden channels in `kept` only (one index tensor for each hidden width)."""
+    for module in unit.kind.before(unit.module):
+        if module is not None:
+            x = module(x)
+    source: Tensor | None = None
+    steps = unit.kind.steps(unit.module)
+    for i, (conv, after) in enumerate(steps):
+        target = kept[i] if i < len(kept) else None
+        x = _conv_slice(conv, x, source, target)
+        for module in after:
+            if module is not None:
+                x = module(x) if target is None else run_slice(module, x, target)
+        source = target
+    return x
+
+
+def _conv_slice(conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None) -> Tensor:
+    """A convolution from input channels `source` to output channels `target` (None: all). x: [B, source, H, W]."""
+    if conv.groups > 1 and (source is not None or target is not None):
+        return _grouped_slice(conv, x, source, target)
+    weight = conv.weight if target is None else conv.weight[target]
+    weight = weight if source is None else weight[:, source]
+    bias = conv.bias if target is None or conv.bias is None else conv.bias[target]
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        return _constant(conv, x, weight.shape[0], bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _grouped_slice(conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None) -> Tensor:
+    """`_conv_slice` for a grouped convolution: runs the groups whose inputs and outputs are both kept."""
+    per_in, per_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    every = torch.arange(conv.groups, device=x.device)
+    ins = every if source is None else source[::per_in] // per_in
+    outs = every if target is None else target[::per_out] // per_out
+    both = ins[torch.isin(ins, outs)]
+    out = _constant(conv, x, len(outs) * per_out, None)
+    if len(both):
+        picked = _channels(torch.searchsorted(ins, both), per_in)
+        weight = conv.weight[_channels(both, per_out)]
+        y = F.conv2d(x[:, picked], weight, None, conv.stride, conv.padding, conv.dilation, len(both))
+        out[:, _channels(torch.searchsorted(outs, both), per_out)] = y
+    if conv.bias is not None:
+        out += conv.bias[_channels(outs, per_out)][:, None, None]
+    return out
+
+
+def _channels(groups: Tensor, size: int) -> Tensor:
+    """The channels of groups of `size`: [G] -> [G * size]."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+
+
+def _constant(conv: nn.Conv2d, x: Tensor, channels: int, bias: Tensor | None) -> Tensor:
+    """What a convolution gives for an input of zeros. -> [B, channels, H', W']."""
+    shape = []
+    for i, size in enumerate(x.shape[2:]):
+        reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
+        shape.append((size + 2 * int(conv.padding[i]) - reach) // conv.stride[i] + 1)
+    out = x.new_zeros(len(x), channels, *shape)
+    return out if bias is None else out + bias[:, None, None]

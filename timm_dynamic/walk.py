@@ -1,0 +1,297 @@
+"""The walk through a dynamic network, unit by unit: what the gates say, what is run, what it costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import costs, families, units
+from .configs import BudgetConfig
+from .gates import Memory, straight_through, widen
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What `force` puts in the place of decisions; see there."""
+
+    layer_keep: float | Tensor | None = None
+    channel_keep: float | Sequence[Tensor] | None = None
+    exit: int | Tensor | None = None
+
+
+@dataclass
+class Dynamic:
+    """What a dynamic model knows beside its modules: `model.dynamic`."""
+
+    base: type  # the stock class that `strip` gives back
+    execution: str = "skip"
+    budget: BudgetConfig | None = None
+    forced: Forced | None = None
+    tables: dict[Any, costs.CostTable] = field(default_factory=dict)
+
+
+def spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
+    """Rows of some images among zeros for the rest: [B', ...] -> [count, ...]."""
+    if places is None:
+        return values
+    out = torch.zeros(count, *values.shape[1:], dtype=values.dtype, device=values.device)
+    out[places] = values
+    return out
+
+
+@dataclass
+class Log:
+    """The decisions of a walk, a column for each gated unit; rows are images, in their places in the batch."""
+
+    batch: int
+    layer_keep: list[Tensor] = field(default_factory=list)
+    layer_prob: list[Tensor] = field(default_factory=list)
+    channel_keep: list[Tensor] = field(default_factory=list)
+
+
+def must_be_masked(model: Any, x: Tensor) -> bool:
+    """Whether everything has to be computed: asked for, in training, or where values are not there to branch on."""
+    if model.training or model.dynamic.execution == "masked" or isinstance(x, torch.fx.Proxy):
+        return True
+    return x.device.type == "meta" or torch.compiler.is_exporting()
+
+
+def dynamic_of(model: Any) -> Dynamic:
+    """`model.dynamic`.
+
+    Raises:
+        ValueError: if the model is a stock one.
+    """
+    dynamic = getattr(model, "dynamic", None)
+    if not isinstance(dynamic, Dynamic):
+        raise ValueError(
+            f"a dynamic model is needed; {families.model_name(model)!r} has no gates and no exits: "
+            "use add_layer_gates, add_channel_gates or add_exits first"
+        )
+    return dynamic
+
+
+@torch.compiler.disable
+def table_for(model: Any, input_size: tuple[int, int, int]) -> costs.CostTable:
+    """The model's cost table, counted once for each input size."""
+    classifier = model.get_submodule(families.family(model).classifier)
+    key = (*input_size, getattr(classifier, "out_features", 0))
+    tables = model.dynamic.tables
+    if key not in tables:
+        tables[key] = costs.cost_table(model, input_size)
+    return tables[key]
+
+
+class Walk:
+    """One forward pass, exit by exit.
+
+    While skipping, images that have left are gone from `x`, and `rows` are the places of those still there. While
+    masked, all stay, and `alive` says who would still be there.
+    """
+
+    def __init__(self, model: Any, x: Tensor, log: Log | None = None, budgeted: bool = True) -> None:
+        """Run the stem.
+
+        Args:
+            model: a dynamic model.
+            x: images [B, C, H, W].
+            log: collects decisions, if given.
+            budgeted: whether the model's budget is to be kept.
+        """
+        self.model, self.log = model, log
+        self.family = families.family(model)
+        self.units = families.units(model)
+        self.masked = must_be_masked(model, x)
+        self.layer_gates = getattr(model, "layer_gates", None)
+        self.channel_gates = getattr(model, "channel_gates", None)
+        self.exits = getattr(model, "exits", None)
+        self.stops = (*(self.exits.after if self.exits is not None else ()), len(self.units) - 1)
+        budget = model.dynamic.budget if budgeted and not model.training else None
+        counted = log is not None or (budget is not None and (budget.macs or budget.fraction))
+        self.table = table_for(model, tuple(x.shape[1:])) if counted else None
+        self.forced = _resolve(model, x, self) if model.dynamic.forced is not None else None
+        self.rows: Tensor | None = None
+        self.alive: Tensor | None = None
+        self.memory: Memory = None
+        self.spent: Tensor | float | int = self.table.stem if self.table else 0
+        self.next = 0  # the unit to come
+        self.tapped, self.x = self.family.stem(model, x)
+
+    def images(self) -> int:
+        """How many images are still on their way."""
+        return len(self.x)
+
+    def to_exit(self, index: int) -> None:
+        """Run the units up to exit `index`."""
+        self.to_unit(self.stops[index])
+
+    def to_unit(self, index: int) -> None:
+        """Run the units up to `index`, that one included."""
+        while self.next <= index:
+            self._run(self.next, self.units[self.next])
+            self.next += 1
+
+    def classify(self, index: int, x: Tensor) -> Tensor:
+        """Logits of exit `index`; past the last one is the model's own head. x: [B, C, H, W]."""
+        if index < len(self.stops) - 1:
+            assert self.exits is not None
+            return self.exits(index, x)
+        return self.family.head(self.model, self.finish(x))
+
+    def cost_of(self, index: int) -> int:
+        """MACs of classifying at exit `index`."""
+        assert self.table is not None
+        last = index == len(self.stops) - 1
+        return self.table.exits[index].head + (self.table.leave[-1] if last else 0)
+
+    def drop(self, leaving: Tensor) -> None:
+        """Let images go. leaving: bool over the images in `x`."""
+        if self.masked:
+            self.alive = ~leaving if self.alive is None else self.alive & ~leaving
+            return
+        stay = (~leaving).nonzero().flatten()
+        self.rows = stay if self.rows is None else self.rows[stay]
+        self.x = self.x[stay]
+        if self.memory is not None:
+            self.memory = (self.memory[0][stay], self.memory[1][stay])
+        if isinstance(self.spent, Tensor):
+            self.spent = self.spent[stay]
+
+    # One unit --------------------------------------------------------------------------------------------------------
+
+    def _run(self, i: int, unit: families.Unit) -> None:
+        if i > 0 and self.units[i - 1].last:
+            self.x = self.family.leave(self.model, self.units[i - 1].stage, self.x)
+            if self.table is not None:
+                self.spent = self.spent + self.table.leave[self.units[i - 1].stage]
+        keep = self._ask_layer(i - 1) if i > 0 and self.layer_gates is not None else None
+        run = self._run_masked if self.masked else self._run_skipping
+        run(i, unit, keep)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the head is given, from what the last unit gave."""
+        return self.family.leave(self.model, self.units[-1].stage, x) if self.units else x
+
+    def _ask_layer(self, g: int) -> Tensor:
+        """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
+        assert self.layer_gates is not None
+        prob, self.memory = self.layer_gates(g, self.x, self.memory)
+        keep = straight_through(prob) if self.model.training else prob >= 0.5
+        if self.forced is not None and self.forced.layer_keep is not None:
+            wanted = self.mine(self.forced.layer_keep[:, g])
+            keep = wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
+        if self.log is not None:
+            self.log.layer_prob.append(spread(self._living(prob.detach()), self.rows, self.log.batch))
+            self.log.layer_keep.append(spread(self._living(keep), self.rows, self.log.batch))
+        return keep
+
+    def _ask_channels(self, g: int, x: Tensor, places: Tensor | None) -> list[Tensor]:
+        """For each hidden width of gated unit `g`, keeps of its groups [B', groups]."""
+        assert self.channel_gates is not None
+        probs = self.channel_gates(g, x)
+        keeps = [straight_through(p) if self.model.training else p >= 0.5 for p in probs]
+        if self.forced is not None and self.forced.channel_keep is not None:
+            first = sum(len(sizes) for sizes in self.channel_gates.sizes[:g])
+            for k, prob in enumerate(probs):
+                wanted = self.mine(self.forced.channel_keep[first + k])
+                wanted = wanted if places is None else wanted[places]
+                keeps[k] = wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
+        return keeps
+
+    def mine(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]
+
+    def _living(self, values: Tensor) -> Tensor:
+        """While masked, zero the rows of images that have left."""
+        if self.alive is None:
+            return values
+        alive = self.alive.reshape(-1, *[1] * (values.dim() - 1))
+        return values & alive if values.dtype == torch.bool else values * alive
+
+    def _run_masked(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
+        channels = self._ask_channels(i - 1, self.x, None) if i > 0 and self.channel_gates is not None else None
+        wide = None if channels is None else self._widened(i - 1, channels)
+        if self.table is not None:
+            price = self.table.units[i].price(keep, channels)
+            self.spent = self.spent + (self._living(price) if isinstance(price, Tensor) else price)
+        if self.log is not None and channels is not None:
+            for k in channels:
+                shown = k if keep is None else (k & keep[:, None] if k.dtype == torch.bool else k * keep[:, None])
+                self.log.channel_keep.append(self._living(shown))
+        if self.model.training and getattr(self.model, "grad_checkpointing", False):
+            y = checkpoint(units.run_masked, unit, self.x, keep, wide, use_reentrant=False)
+        else:
+            y = units.run_masked(unit, self.x, keep, wide)
+        self.x = units.join(unit, self.x, y)
+
+    def _run_skipping(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
+        g = i - 1
+        chosen: list[Tensor] | None = None
+
+        def choose(x: Tensor, places: Tensor | None) -> list[Tensor] | None:
+            nonlocal chosen
+            if g < 0 or self.channel_gates is None:
+                return None
+            keeps = self._ask_channels(g, x, places)
+            chosen = keeps
+            if places is not None and (self.log is not None or self.table is not None):
+                chosen = [spread(k, places, self.images()) for k in keeps]
+            return self._widened(g, keeps)
+
+        y = units.run_skipping(unit, self.x, keep, choose)
+        if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
+            sizes = self.channel_gates.sizes[g]
+            chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
+        if self.table is not None:
+            self.spent = self.spent + self.table.units[i].price(keep, chosen)
+        if self.log is not None and chosen is not None:
+            self.log.channel_keep += [spread(k, self.rows, self.log.batch) for k in chosen]
+        self.x = units.join(unit, self.x, y)
+
+    def _widened(self, g: int, keeps: list[Tensor]) -> list[Tensor]:
+        assert self.channel_gates is not None
+        return [widen(keep, sizes) for keep, sizes in zip(keeps, self.channel_gates.sizes[g], strict=True)]
+
+
+# Forcing -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Resolved:
+    layer_keep: Tensor | None  # bool [B, units]
+    channel_keep: list[Tensor] | None  # bool [B, groups] for each gated hidden width
+    exit: Tensor | None  # [B]
+
+
+def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
+    """What is forced, for this batch: ratios drawn, shapes checked."""
+    forced, batch = model.dynamic.forced, x.shape[0]
+    layer = channel = leave = None
+    if forced.layer_keep is not None:
+        assert walk.layer_gates is not None
+        layer = _keeps("layer_keep", forced.layer_keep, batch, len(walk.layer_gates), x.device)
+    if forced.channel_keep is not None:
+        assert walk.channel_gates is not None
+        counts = [len(sizes) for unit in walk.channel_gates.sizes for sizes in unit]
+        given = forced.channel_keep
+        parts = [given] * len(counts) if isinstance(given, (int, float)) else list(given)
+        channel = [_keeps("channel_keep", p, batch, n, x.device) for p, n in zip(parts, counts, strict=True)]
+        if isinstance(given, (int, float)) and walk.channel_gates.config.mode == "nested":
+            channel = [keep.sort(dim=1, descending=True).values for keep in channel]
+    if forced.exit is not None:
+        leave = torch.as_tensor(forced.exit, device=x.device)
+        if leave.dim() and len(leave) != batch:
+            raise ValueError(f"force(exit=) needs one value or one for each of {batch} images; found {len(leave)}")
+        leave = leave.expand(batch)
+    return _Resolved(layer, channel, leave)
+
+
+def _keeps(what: str, given: float | Tensor, batch: int, columns: int, device: torch.device) -> Tensor:
+    if not isinstance(given, Tensor):
+        return torch.rand(batch, columns).to(device) < given
+    if given.shape != (batch, columns):
+        raise ValueError(f"force({what}=) needs a tensor of shape {(batch, columns)}; found {tuple(given.shape)}")
+    return given.to(device).bool()
