@@ -303,7 +303,7 @@ def _count_unit(
         sizes = channel_gates.sizes[i - 1]
     short, shortcut_macs = meter.run(shortcut, unit, x)
     y, total = meter.run(branch, unit, x)
-    convs = _count_convs(meter, unit, x)
+    convs = _count_convs(meter, unit, x) or (ConvCost(total, 0, 1, 1),)
     rest = total - sum(conv.macs + conv.after for conv in convs)
     assert rest == 0, f"{unit.name}: {rest} MACs unaccounted for"
     y, _ = meter.run(close, unit, y, short)

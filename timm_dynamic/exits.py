@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from .configs import ExitConfig
 
 
+NEVER = 2.0  # a confidence that no softmax reaches
+
+
 class ExitHead(nn.Module):
     """A branch classifier (DDI, supplement 8, fig. 13). [B, C, H, W] -> [B, classes].
 
@@ -60,6 +63,9 @@ class Exits(nn.Module):
         self.config = config
         self.after = tuple(after)  # places in the running order of all units, ascending
         self.heads = nn.ModuleList(heads)
+        self.levels = (NEVER,) * len(heads)  # how sure an image that leaves in eval is at least; see calibrate
+        self.confidence = nn.Buffer(torch.tensor(self.levels))  # the same, to travel with the weights
+        self.register_load_state_dict_post_hook(_read_levels)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -73,6 +79,23 @@ class Exits(nn.Module):
         kept = [i for i, place in enumerate(self.after) if place < units - 1]
         self.after = tuple(self.after[i] for i in kept)
         self.heads = nn.ModuleList(self.heads[i] for i in kept)
+        self.set_confidence([self.levels[i] for i in kept])
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether images leave early without a budget."""
+        return any(level <= 1 for level in self.levels)
+
+    def set_confidence(self, levels: Sequence[float]) -> None:
+        """Let images leave in eval at exit `i` when they are at least `levels[i]` sure; above 1 means never."""
+        self.confidence = torch.tensor(levels, dtype=self.confidence.dtype, device=self.confidence.device)
+        self.levels = tuple(self.confidence.tolist())
+
+
+def _read_levels(exits: nn.Module, keys: object) -> None:
+    assert isinstance(exits, Exits)
+    if exits.confidence.device.type != "meta":
+        exits.levels = tuple(exits.confidence.tolist())
 
 
 def confident(logits: Tensor, confidence: float) -> Tensor:

@@ -1,11 +1,11 @@
 """What the networks that can be made dynamic look like: stem, stages of units, head.
 
-The only file that names classes of timm and torchvision. Modules are looked up at each call, so that what a user does
+The only file, with `opaque`, that names classes of timm and torchvision. Modules are looked up at each call, so that what a user does
 to a model (another batch norm, another head, a pruned stage) is seen.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import densenet as tv_densenet
 from torchvision.models import resnet as tv_resnet
 
+from . import opaque
 from .cifar import CifarDenseNet, CifarResNet
 
 TimmResNet = timm_resnet.ResNet
@@ -35,7 +36,10 @@ class Block(NamedTuple):
     before: Callable[[Any], After]  # what comes before the first convolution
     steps: Callable[[Any], Steps]  # each convolution with what follows it, channel by channel but for the last
     act: Callable[[Any], nn.Module]  # the activation after the shortcut is added
-    dropout: Callable[[Any], float]
+    width: Callable[[Any], int]  # channels of the output of the branch
+    shortcut: Callable[[Any, Tensor], Tensor] = lambda b, x: x if b.downsample is None else b.downsample(x)
+    dropout: Callable[[Any], float] = lambda b: 0.0
+    branch: Callable[[Any, Tensor], Tensor] | None = None  # the branch as a whole, where it has no plain hidden width
 
 
 class Unit(NamedTuple):
@@ -72,7 +76,25 @@ def _tv_bottleneck(b: Any) -> Steps:
 
 
 def _residual(steps: Callable[[Any], Steps], act: Callable[[Any], nn.Module]) -> Block:
-    return Block(False, lambda b: (), steps, act, lambda b: 0.0)
+    return Block(False, lambda b: (), steps, act, lambda b: steps(b)[-1][0].out_channels)
+
+
+def _dense(before: Callable[[Any], After], after: Callable[[Any], After]) -> Block:
+    return Block(
+        True,
+        before,
+        lambda b: ((b.conv1, after(b)), (b.conv2, ())),
+        lambda b: nn.Identity(),
+        lambda b: b.conv2.out_channels,
+        lambda b, x: x,
+        lambda b: b.drop_rate,
+    )
+
+
+def _opaque(
+    branch: Callable[[Any, Tensor], Tensor], act: Callable[[Any], nn.Module], width: Callable[[Any], int]
+) -> Block:
+    return Block(False, lambda b: (), lambda b: (), act, width, branch=branch)
 
 
 BLOCKS: dict[type, Block] = {
@@ -80,20 +102,14 @@ BLOCKS: dict[type, Block] = {
     timm_resnet.Bottleneck: _residual(_timm_bottleneck, lambda b: b.act3),
     tv_resnet.BasicBlock: _residual(_tv_basic, lambda b: b.relu),
     tv_resnet.Bottleneck: _residual(_tv_bottleneck, lambda b: b.relu),
-    timm_densenet.DenseLayer: Block(
-        True,
-        lambda b: (b.norm1,),
-        lambda b: ((b.conv1, (b.norm2,)), (b.conv2, ())),
-        lambda b: nn.Identity(),
-        lambda b: b.drop_rate,
+    timm_densenet.DenseLayer: _dense(lambda b: (b.norm1,), lambda b: (b.norm2,)),
+    tv_densenet._DenseLayer: _dense(lambda b: (b.norm1, b.relu1), lambda b: (b.norm2, b.relu2)),
+    opaque.RES2NET: _opaque(opaque.res2net_branch, lambda b: b.relu, lambda b: b.conv3.out_channels),
+    opaque.RESNEST: _opaque(opaque.resnest_branch, lambda b: b.act3, lambda b: b.conv3.out_channels)._replace(
+        shortcut=opaque.resnest_shortcut
     ),
-    tv_densenet._DenseLayer: Block(
-        True,
-        lambda b: (b.norm1, b.relu1),
-        lambda b: ((b.conv1, (b.norm2, b.relu2)), (b.conv2, ())),
-        lambda b: nn.Identity(),
-        lambda b: b.drop_rate,
-    ),
+    opaque.SK_BASIC: _opaque(opaque.sk_basic_branch, lambda b: b.act, lambda b: b.conv2.conv.out_channels),
+    opaque.SK_BOTTLENECK: _opaque(opaque.sk_bottleneck_branch, lambda b: b.act, lambda b: b.conv3.conv.out_channels),
 }
 
 
@@ -238,6 +254,13 @@ def units(model: nn.Module) -> list[Unit]:
                 )
             found.append(Unit(module, kind, stage, i == len(blocks) - 1, name))
     return found
+
+
+def channels_after(found: Sequence[Unit], i: int) -> int:
+    """Channels that come out of unit `i` of a network, as the next unit or an exit sees them."""
+    unit = found[i]
+    width = unit.kind.width(unit.module)
+    return unit.kind.steps(unit.module)[0][0].in_channels + width if unit.kind.grows else width
 
 
 # Channel by channel --------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ def open_gate(linear: nn.Linear, prob: float = OPEN_PROB) -> None:
     nn.init.constant_(linear.bias, math.log(prob / (1 - prob)))
 
 
+def thresholds(count: int) -> nn.Buffer:
+    """For each gated unit the probability from which on it keeps, in eval (0.5, eq. 7, until calibrated)."""
+    return nn.Buffer(torch.full((count,), 0.5))
+
+
 class GateSite(NamedTuple):
     """What a gate has to know about the unit that it stands before."""
 
@@ -104,6 +109,7 @@ class FeedForwardGates(nn.Module):
         super().__init__()
         self.config = config
         self.gates = nn.ModuleList(FeedForwardGate(config, site) for site in sites)
+        self.threshold = thresholds(len(sites))
 
     def __len__(self) -> int:
         return len(self.gates)
@@ -114,7 +120,7 @@ class FeedForwardGates(nn.Module):
 
     def cut(self, count: int) -> None:
         """Forget the gates from `count` on."""
-        self.gates = self.gates[:count]
+        self.gates, self.threshold = self.gates[:count], self.threshold[:count]
 
 
 class RecurrentGates(nn.Module):
@@ -133,6 +139,7 @@ class RecurrentGates(nn.Module):
         )
         self.cell = nn.LSTMCell(RNN_SIZE, RNN_SIZE)
         self.fc = nn.Linear(RNN_SIZE, 1)
+        self.threshold = thresholds(len(sites))
         if config.init == "open":
             open_gate(self.fc)
 
@@ -146,7 +153,7 @@ class RecurrentGates(nn.Module):
 
     def cut(self, count: int) -> None:
         """Forget what only the gates from `count` on use."""
-        self.keys = self.keys[:count]
+        self.keys, self.threshold = self.keys[:count], self.threshold[:count]
         for key in list(self.project):
             if key not in self.keys:
                 del self.project[key]
@@ -222,6 +229,7 @@ class ChannelGates(nn.Module):
             tuple(group_sizes(config, w, a) for w, a in zip(site.widths, site.aligns, strict=True)) for site in sites
         ]
         self.gates = nn.ModuleList()
+        self.threshold = thresholds(len(sites))
         for site, sizes in zip(sites, self.sizes, strict=True):
             kind = NarrowDenseGate if site.grows else PooledChannelGate
             gate = kind(site, sum(map(len, sizes)))
@@ -243,6 +251,7 @@ class ChannelGates(nn.Module):
     def cut(self, count: int) -> None:
         """Forget the gates from `count` on."""
         self.gates, self.sizes = self.gates[:count], self.sizes[:count]
+        self.threshold = self.threshold[:count]
 
 
 def widen(keep: Tensor, sizes: tuple[int, ...]) -> Tensor:

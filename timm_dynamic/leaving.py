@@ -1,5 +1,6 @@
 """Leaving early: who leaves at which exit, and what they leave with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ class Rule:
 
     def __init__(self, walk: Walk, budget: BudgetConfig | None, batch: int) -> None:
         self.walk, self.budget = walk, budget
+        self.levels: Sequence[float] | None = None  # for each exit how sure an image that leaves is
+        if budget is not None and budget.confidence is not None:
+            self.levels = [budget.confidence] * len(walk.stops)
+        elif budget is None and walk.exits is not None and walk.exits.calibrated:
+            self.levels = walk.exits.levels
         self.most: Tensor | None = None  # int64 [B], the MACs that an image may cost
         if budget is not None and (budget.macs is not None or budget.fraction is not None):
             assert walk.table is not None
@@ -35,12 +41,12 @@ class Rule:
             leave = leave | (walk.spent + walk.table.segment(index + 1) > walk.mine(self.most))
         elif self.budget is not None and self.budget.exit is not None:
             leave = leave | (self.budget.exit <= index)
-        elif self.budget is not None and self.budget.confidence is not None:
+        elif self.levels is not None and self.levels[index] <= 1:
             logits = walk.classify(index, walk.x)
             if walk.table is not None:  # every image still here pays for this exit
                 walk.spent = walk.spent + walk.cost_of(index)
             if walk.forced is None or walk.forced.exit is None:
-                leave = leave | confident(logits, self.budget.confidence)
+                leave = leave | confident(logits, self.levels[index])
         return (leave if walk.alive is None else leave & walk.alive), logits
 
 
@@ -79,8 +85,8 @@ def leave_early(walk: Walk, batch: int, keep_all: bool = False) -> tuple[Tensor,
         Logits [B, classes]; those of each exit if `keep_all`; exit index and MACs of each image.
     """
     budget = walk.model.dynamic.budget
-    may_leave = budget is not None or (walk.forced is not None and walk.forced.exit is not None)
-    if not may_leave:
+    calibrated = walk.exits is not None and walk.exits.calibrated
+    if budget is None and not calibrated and (walk.forced is None or walk.forced.exit is None):
         last = len(walk.stops) - 1
         walk.to_exit(last)
         logits = walk.classify(last, walk.x)

@@ -16,7 +16,10 @@ import torchvision
 from timm.models import build_model_with_cfg, register_model
 from timm.models._pretrained import DefaultCfg
 from timm.models.densenet import default_cfgs as densenet_cfgs
+from timm.models.res2net import default_cfgs as res2net_cfgs
+from timm.models.resnest import default_cfgs as resnest_cfgs
 from timm.models.resnet import default_cfgs as resnet_cfgs
+from timm.models.sknet import default_cfgs as sknet_cfgs
 from torch import Tensor, nn
 from torchvision.models import _api as torchvision_api
 from torchvision.models import densenet as tv_densenet
@@ -43,7 +46,15 @@ METHODS = {
     "iadi": Method(layer_gates=True, channel_gates=True, exits=False),
     "ddi": Method(layer_gates=True, channel_gates=True, exits=True),
 }
-BASES = {"resnet": resnet_cfgs, "densenet": densenet_cfgs, "cifar": cifar_cfgs}  # module of timm's registry -> cfgs
+# module of timm's registry -> its configs, and the methods that its units allow
+BASES: dict[str, tuple[dict[str, DefaultCfg], tuple[str, ...]]] = {
+    "resnet": (resnet_cfgs, tuple(METHODS)),
+    "densenet": (densenet_cfgs, tuple(METHODS)),
+    "cifar": (cifar_cfgs, tuple(METHODS)),
+    "res2net": (res2net_cfgs, ("skipnet",)),
+    "resnest": (resnest_cfgs, ("skipnet",)),
+    "sknet": (sknet_cfgs, ("skipnet",)),
+}
 
 default_cfgs: dict[str, DefaultCfg] = {}
 
@@ -152,10 +163,10 @@ def _register_torchvision(prefix: str, base: str, builder: Any) -> None:
     torchvision_api.register_model(name)(entry)
 
 
-for _module, _base_cfgs in BASES.items():
+for _module, (_base_cfgs, _prefixes) in BASES.items():
     for _base in timm.list_models(module=_module):
         if _base in _base_cfgs:
-            for _prefix in METHODS:
+            for _prefix in _prefixes:
                 _register_timm(_prefix, _base, _base_cfgs[_base])
 for _base in torchvision_api.list_models(module=torchvision.models):
     _builder = torchvision_api.get_model_builder(_base)

@@ -56,6 +56,11 @@ def add_channel_gates(model: Any, config: ChannelGateConfig | str | dict[str, An
     sites = _sites(model, "channel_gates")
     for unit in families.units(model)[1:]:
         steps = unit.kind.steps(unit.module)
+        if not steps:
+            raise ValueError(
+                f"no channel gate for {unit.name} of {families.model_name(model)!r}: "
+                f"a {type(unit.module).__name__} has no plain hidden width; use layer gates"
+            )
         for module in (m for _, after in steps[:-1] for m in after if not families.channelwise(m)):
             raise ValueError(
                 f"no channel gate for {unit.name} of {families.model_name(model)!r}: "
@@ -85,7 +90,7 @@ def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> 
 
     def build() -> Exits:
         heads = [
-            ExitHead(_channels_after(all_units, i), classes, max(0, 2 - all_units[i].stage), all_units[i].kind.grows)
+            ExitHead(families.channels_after(all_units, i), classes, max(0, 2 - all_units[i].stage), all_units[i].kind.grows)
             for i in after
         ]
         return Exits(chosen, after, heads)
@@ -209,29 +214,29 @@ def _sites(model: Any, part: str) -> list[GateSite]:
         raise ValueError(f"{families.model_name(model)!r} has {part} already; strip(model) takes them off")
     if len(found) < 2:
         raise ValueError(f"no units to gate in {families.model_name(model)!r}: it has {len(found)}, wanted 2 or more")
-    return [_site(unit) for unit in found[1:]]
+    return [_site(found, i) for i in range(1, len(found))]
 
 
-def _site(unit: families.Unit) -> GateSite:
+def _site(found: Sequence[families.Unit], i: int) -> GateSite:
+    """What a gate has to know about unit `i`."""
+    unit = found[i]
     steps = unit.kind.steps(unit.module)
     body, area = 0.0, 1.0
     for conv, _ in steps:
         area /= conv.stride[0] * conv.stride[1]
         body += area * conv.weight.numel()
+    if not steps:  # taken as a whole: its convolutions, at the resolution of its output
+        weights = sum(m.weight.numel() for m in unit.module.modules() if isinstance(m, nn.Conv2d))
+        body = float(weights) / (4 if found[i - 1].last else 1)
     aligns = [families.alignment(conv, after) for conv, after in steps[:-1]]
-    for i, (conv, _) in enumerate(steps[1:]):  # a grouped convolution's inputs belong together too
-        if conv.groups > 1 and i < len(aligns):
-            aligns[i] = max(aligns[i], conv.in_channels // conv.groups)
+    for k, (conv, _) in enumerate(steps[1:]):  # a grouped convolution's inputs belong together too
+        if conv.groups > 1 and k < len(aligns):
+            aligns[k] = max(aligns[k], conv.in_channels // conv.groups)
     widths = tuple(conv.out_channels for conv, _ in steps[:-1])
-    first, last = steps[0][0], steps[-1][0]
-    return GateSite(unit.name, first.in_channels, body, unit.kind.grows, widths, tuple(aligns), last.out_channels)
-
-
-def _channels_after(all_units: Sequence[families.Unit], i: int) -> int:
-    """Channels that come out of unit `i`."""
-    steps = all_units[i].kind.steps(all_units[i].module)
-    growth: int = steps[-1][0].out_channels
-    return steps[0][0].in_channels + growth if all_units[i].kind.grows else growth
+    channels = steps[0][0].in_channels if steps else families.channels_after(found, i - 1)
+    return GateSite(
+        unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), unit.kind.width(unit.module)
+    )
 
 
 def _places(model: Any, config: ExitConfig, all_units: Sequence[families.Unit]) -> list[int]:

@@ -19,12 +19,13 @@ Keeps = Sequence[Tensor]  # for each hidden width, keeps of its channels: [B, ch
 
 def shortcut(unit: Unit, x: Tensor) -> Tensor:
     """What is added to a residual block's branch: x, or the stock downsample of it. x: [B, C, H, W]."""
-    downsample = None if unit.kind.grows else unit.module.downsample
-    return x if downsample is None else downsample(x)
+    return unit.kind.shortcut(unit.module, x)
 
 
 def branch(unit: Unit, x: Tensor, keeps: Keeps | None = None) -> Tensor:
     """The unit without its shortcut, hidden channels multiplied by `keeps`. x: [B, C, H, W]."""
+    if unit.kind.branch is not None:
+        return unit.kind.branch(unit.module, x)
     for module in unit.kind.before(unit.module):
         if module is not None:
             x = module(x)
@@ -50,8 +51,7 @@ def close(unit: Unit, y: Tensor, short: Tensor) -> Tensor:
 def rest(unit: Unit, short: Tensor) -> Tensor:
     """What a skipped unit gives. short: [B, C, H, W], which is used up where it is not the unit's input."""
     if unit.kind.grows:
-        growth = unit.kind.steps(unit.module)[-1][0].out_channels
-        return short.new_zeros(short.shape[0], growth, *short.shape[2:])
+        return short.new_zeros(short.shape[0], unit.kind.width(unit.module), *short.shape[2:])
     act = unit.kind.act(unit.module)
     if unit.module.downsample is not None:
         return act(short)

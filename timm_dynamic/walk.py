@@ -108,6 +108,7 @@ class Walk:
         self.layer_gates = getattr(model, "layer_gates", None)
         self.channel_gates = getattr(model, "channel_gates", None)
         self.exits = getattr(model, "exits", None)
+        self.layer_levels, self.channel_levels = self._levels(self.layer_gates), self._levels(self.channel_gates)
         self.stops = (*(self.exits.after if self.exits is not None else ()), len(self.units) - 1)
         budget = model.dynamic.budget if budgeted and not model.training else None
         counted = log is not None or (budget is not None and (budget.macs or budget.fraction))
@@ -119,6 +120,12 @@ class Walk:
         self.spent: Tensor | float | int = self.table.stem if self.table else 0
         self.next = 0  # the unit to come
         self.tapped, self.x = self.family.stem(model, x)
+
+    def _levels(self, gates: Any) -> Any:
+        """A gate's thresholds in eval, as numbers where values may be read."""
+        if gates is None or self.model.training:
+            return None
+        return gates.threshold if self.masked else gates.threshold.tolist()
 
     def images(self) -> int:
         """How many images are still on their way."""
@@ -179,7 +186,7 @@ class Walk:
         """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
         assert self.layer_gates is not None
         prob, self.memory = self.layer_gates(g, self.x, self.memory)
-        keep = straight_through(prob) if self.model.training else prob >= 0.5
+        keep = straight_through(prob) if self.model.training else prob >= self.layer_levels[g]
         if self.forced is not None and self.forced.layer_keep is not None:
             wanted = self.mine(self.forced.layer_keep[:, g])
             keep = wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
@@ -192,7 +199,8 @@ class Walk:
         """For each hidden width of gated unit `g`, keeps of its groups [B', groups]."""
         assert self.channel_gates is not None
         probs = self.channel_gates(g, x)
-        keeps = [straight_through(p) if self.model.training else p >= 0.5 for p in probs]
+        level = 0.5 if self.model.training else self.channel_levels[g]
+        keeps = [straight_through(p) if self.model.training else p >= level for p in probs]
         if self.forced is not None and self.forced.channel_keep is not None:
             first = sum(len(sizes) for sizes in self.channel_gates.sizes[:g])
             for k, prob in enumerate(probs):
