@@ -5,9 +5,10 @@ Importing registers the names `skipnet_*`, `iadi_*` and `ddi_*` with timm.
 
 from . import registry as registry
 from .budgets import set_budget
-from .configs import BudgetConfig, ChannelGateConfig, ExitConfig, LayerGateConfig
-from .costs import CostTable, cost_table
+from .configs import BudgetConfig, ChannelGateConfig, EnergyConfig, ExitConfig, LayerGateConfig
+from .costs import CostTable
 from .forward import Decisions, anytime, decide
+from .measure import cost_table
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
 from .version import __version__
 
@@ -16,6 +17,7 @@ __all__ = [
     "ChannelGateConfig",
     "CostTable",
     "Decisions",
+    "EnergyConfig",
     "ExitConfig",
     "LayerGateConfig",
     "__version__",

@@ -7,7 +7,9 @@ import torch
 
 from . import families
 from .configs import BudgetConfig
-from .leaving import allowed_macs
+from .costs import CostTable
+from .leaving import allowance
+from .measure import cost_table, machine_name
 from .walk import dynamic_of, table_for
 
 
@@ -24,61 +26,104 @@ def set_budget(
     *,
     macs: int | Iterable[int] | torch.Tensor | None = None,
     fraction: float | None = None,
+    latency_ms: float | None = None,
+    energy_mj: float | None = None,
     exit: int | None = None,
     confidence: float | None = None,
     input_size: tuple[int, int, int] | None = None,
+    table: CostTable | None = None,
 ) -> Any:
     """Say what one image may cost in eval; without an option, lift the budget.
 
-    `macs` and `fraction` are hard: before an image goes past an exit, the dearest way to the next one must still fit,
-    else it leaves there. What gates save on the way is spent on going further.
+    `macs`, `fraction`, `latency_ms` and `energy_mj` are hard: before an image goes past an exit, the dearest way to
+    the next one must still fit, else it leaves there. What gates save on the way is spent on going further.
 
     Args:
         model: a dynamic model.
         macs: multiply-adds, one value for all images or one for each image of the batch.
         fraction: a share of the stock model's MACs at the same input size.
+        latency_ms: milliseconds of one image alone, by a table measured on this machine.
+        energy_mj: millijoules, by an energy table.
         exit: every image leaves here (0 is the first exit, the last is the model's own head).
         confidence: an image leaves at the first exit whose largest softmax probability is at least this. A mean
             budget: no image's cost is bounded.
         input_size: (channels, height, width) to check the budget for now (default: the model's own). It is checked
             again for the size that each forward pass meets.
+        table: from `cost_table`, for `latency_ms` (default: measured now) or `energy_mj` (default: the default one).
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if more than one option is given, or the budget is below the dearest way to the first exit.
+        ValueError: if more than one option is given, the budget is below the dearest way to the first exit, or the
+            table is of another model, machine or unit. The model's budget is then what it was.
     """
     dynamic = dynamic_of(model)
-    if all(option is None for option in (macs, fraction, exit, confidence)):
-        dynamic.budget = None
+    if all(option is None for option in (macs, fraction, latency_ms, energy_mj, exit, confidence)):
+        if table is not None or input_size is not None:
+            raise ValueError("input_size= and table= go with a budget; found none")
+        dynamic.budget = dynamic.limit = None
         return model
-    budget = BudgetConfig(_plain(macs), fraction, exit, confidence, input_size)
-    check_budget(model, budget)
+    budget = BudgetConfig(_plain(macs), fraction, latency_ms, energy_mj, exit, confidence, input_size)
+    dynamic.limit = check_budget(model, budget, table)
     dynamic.budget = budget
     return model
 
 
-def check_budget(model: Any, budget: BudgetConfig) -> None:
-    """Raise a `ValueError` if the model cannot keep the budget at all."""
-    exits = len(model.exits) + 1 if hasattr(model, "exits") else 1
+def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = None) -> CostTable | None:
+    """Raise a `ValueError` if the model cannot keep the budget at all.
+
+    Returns:
+        The table that a budget of milliseconds or millijoules is counted by.
+    """
+    size = budget.input_size or default_input_size(model)
+    counted = table_for(model, size)
+    exits = len(counted.exits)
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError(f"a budget needs a model that classifies; {families.model_name(model)!r} has num_classes=0")
     if budget.exit is not None and budget.exit >= exits:
         raise ValueError(f"exit must be in 0..{exits - 1} for {families.model_name(model)!r}; found {budget.exit}")
-    if budget.macs is not None or budget.fraction is not None:
-        allowed_macs(budget, table_for(model, budget.input_size or default_input_size(model)), None)
+    if table is not None and budget.unit not in ("latency_ms", "energy_mj"):
+        raise ValueError("table= goes with latency_ms= or energy_mj=")
+    if budget.unit == "macs":
+        allowance(budget, counted, None)
+    if budget.unit in (None, "macs"):
+        return None
+    limit = table or cost_table(model, size, str(budget.unit))
+    _check_table(model, limit, counted, str(budget.unit))
+    allowance(budget, limit, None)
+    return limit
+
+
+def _check_table(model: Any, table: CostTable, counted: CostTable, unit: str) -> None:
+    """Whether a table is this model's, in this unit, from this machine."""
+    if table.unit != unit:
+        raise ValueError(f"the table must be in {unit}; found {table.unit}")
+    if table.input_size != counted.input_size:
+        raise ValueError(f"the table must be for input size {counted.input_size}; found {table.input_size}")
+    if [_shape(row) for row in table.units] != [_shape(row) for row in counted.units]:
+        raise ValueError(f"the table is of another model than {families.model_name(model)!r}")
+    if len(table.exits) != len(counted.exits):
+        raise ValueError(f"the table must have {len(counted.exits)} exits; found {len(table.exits)}")
+    if unit == "latency_ms" and table.machine != machine_name(model):
+        raise ValueError(f"the table was measured on another machine: {table.machine}; found {machine_name(model)}")
+
+
+def _shape(row: Any) -> tuple[Any, ...]:
+    return row.name, row.skippable, row.sizes
 
 
 def _plain(macs: Any) -> int | tuple[int, ...] | None:
     """Numbers of any kind as Python ints."""
-    if macs is None or isinstance(macs, bool):
-        return macs
-    if isinstance(macs, (int, float)):
-        return _whole(macs)
-    values = macs.tolist() if hasattr(macs, "tolist") else list(macs)
-    return tuple(_whole(v) for v in values) if isinstance(values, list) else _whole(values)
+    if macs is None:
+        return None
+    values = macs.tolist() if hasattr(macs, "tolist") else macs
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        return tuple(_whole(value) for value in values)
+    return _whole(values)
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"macs must be whole numbers; found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        raise ValueError(f"macs must be whole numbers, one or one for each image; found {value!r}")
     return int(value)

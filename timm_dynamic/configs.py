@@ -1,6 +1,7 @@
 """What a part of a dynamic network is to be: small frozen dataclasses, checked when made."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,6 +26,12 @@ def ratio(what: str, value: Any) -> None:
     """Raise a `ValueError` unless `value` is a number in 0..1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{what} must be a number in 0..1; found {value!r}")
+
+
+def positive(what: str, value: Any) -> None:
+    """Raise a `ValueError` unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{what} must be a finite number above 0; found {value!r}")
 
 
 class Config:
@@ -139,11 +146,13 @@ class ExitConfig(Config):
 
 @dataclass(frozen=True)
 class BudgetConfig(Config):
-    """What one image may cost; exactly one of the first four is given.
+    """What one image may cost; exactly one of the first six is given.
 
     Attributes:
         macs: multiply-adds, one value for all images or one per image of the batch. Hard: no image ever costs more.
         fraction: the same as a share of the stock model's MACs at the same input size.
+        latency_ms: milliseconds, by a table measured on this machine.
+        energy_mj: millijoules, by an energy table.
         exit: every image leaves at this exit (0 is the first, the last is the model's own head).
         confidence: an image leaves at the first exit whose largest softmax probability is at least this.
         input_size: (channels, height, width) that `macs` is checked for when the budget is set.
@@ -151,27 +160,59 @@ class BudgetConfig(Config):
 
     macs: int | tuple[int, ...] | None = None
     fraction: float | None = None
+    latency_ms: float | None = None
+    energy_mj: float | None = None
     exit: int | None = None
     confidence: float | None = None
     input_size: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("macs", "fraction", "exit", "confidence") if getattr(self, name) is not None]
+        options = ("macs", "fraction", "latency_ms", "energy_mj", "exit", "confidence")
+        given = [name for name in options if getattr(self, name) is not None]
         if len(given) != 1:
-            found = ", ".join(given) or "none"
-            raise ValueError(f"a budget needs exactly one of macs, fraction, exit, confidence; found {found}")
+            raise ValueError(f"a budget needs exactly one of {', '.join(options)}; found {', '.join(given) or 'none'}")
         if self.macs is not None:
             values = self.macs if isinstance(self.macs, tuple) else (self.macs,)
+            if not values:
+                raise ValueError("macs must hold at least one value; found none")
             for value in values:
                 positive_int("macs", value)
-        if self.fraction is not None and not (isinstance(self.fraction, (int, float)) and self.fraction > 0):
-            raise ValueError(f"fraction must be a number above 0; found {self.fraction!r}")
+        for name in ("fraction", "latency_ms", "energy_mj"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
         if self.exit is not None and (isinstance(self.exit, bool) or not isinstance(self.exit, int) or self.exit < 0):
             raise ValueError(f"exit must be an int of at least 0; found {self.exit!r}")
         if self.confidence is not None:
             ratio("confidence", self.confidence)
         if self.input_size is not None:
             check_input_size(self.input_size)
+
+    @property
+    def unit(self) -> str | None:
+        """What a hard budget is counted in; None if no image's cost is bounded."""
+        if self.macs is not None or self.fraction is not None:
+            return "macs"
+        return "latency_ms" if self.latency_ms is not None else "energy_mj" if self.energy_mj is not None else None
+
+
+@dataclass(frozen=True)
+class EnergyConfig(Config):
+    """What computing and moving data costs, in picojoules.
+
+    The defaults are those of a 45 nm chip: 3.7 pJ for a 32-bit floating-point multiplication and 0.9 pJ for an
+    addition, 640 pJ for 32 bits from DRAM (M. Horowitz, "Computing's energy problem", ISSCC 2014).
+
+    Attributes:
+        pj_per_mac: of one multiply-add.
+        pj_per_byte: of one byte of weights, inputs or outputs, read or written once.
+    """
+
+    pj_per_mac: float = 4.6
+    pj_per_byte: float = 160.0
+
+    def __post_init__(self) -> None:
+        positive("pj_per_mac", self.pj_per_mac)
+        positive("pj_per_byte", self.pj_per_byte)
 
 
 def check_input_size(size: Any) -> tuple[int, int, int]:

@@ -1,30 +1,30 @@
-"""What a network costs: multiply-adds of every part, counted from shapes once for each input size.
+"""What the parts of a network cost, and their multiply-adds, counted from shapes once for each input size.
 
 The parts are run one by one on the meta device under torch's own flop counter, so that a cost is what the counter
 would see (1 MAC = 2 FLOPs). An image's cost is then a sum over what it ran.
 """
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import families
-from .configs import check_input_size
-from .units import branch, close, join, shortcut
+from .units import join, run_dense, shortcut
 
 
 @dataclass(frozen=True)
 class ConvCost:
-    """A convolution of a unit and what follows it. MACs with all channels."""
+    """A convolution of a unit and what follows it, with all channels."""
 
-    macs: int
-    after: int  # of what follows, proportional to the convolution's outputs
+    cost: Any  # int in MACs, float in another unit
+    extra: Any  # of what follows, proportional to the convolution's outputs
     inputs: int
     outputs: int
     groups: int = 1
@@ -44,40 +44,45 @@ class UnitCost:
         channel_gate: MACs of the channel gate, paid if the unit runs.
         convs: the branch, paid by the channels that run.
         sizes: for each gated hidden width, the sizes of its channel groups.
+        divisible: whether the branch costs in proportion to the channels that run; if not, it is paid in full.
     """
 
     name: str
     stage: int
     gated: bool
     skippable: bool
-    layer_gate: int
-    shortcut: int
-    channel_gate: int
+    layer_gate: Any  # numbers: int in MACs, float in another unit
+    shortcut: Any
+    channel_gate: Any
     convs: tuple[ConvCost, ...]
     sizes: tuple[tuple[int, ...], ...] = ()
+    divisible: bool = True
 
     @property
-    def branch(self) -> int:
-        """MACs of the branch with all channels."""
-        return sum(conv.macs + conv.after for conv in self.convs)
+    def branch(self) -> Any:
+        """Cost of the branch with all channels."""
+        return sum(conv.cost + conv.extra for conv in self.convs)
 
     @property
-    def full(self) -> int:
+    def full(self) -> Any:
         """MACs of the stock unit: branch and shortcut."""
         return self.branch + self.shortcut
 
     @property
-    def dearest(self) -> int:
+    def dearest(self) -> Any:
         """MACs of the unit at most, gates included."""
         return self.full + self.layer_gate + self.channel_gate
 
     @property
-    def cheapest(self) -> int:
+    def cheapest(self) -> Any:
         """MACs of the unit at least, gates included."""
-        least = self.channel_gate + int(_no_channels(self)) + self.shortcut + self.layer_gate
-        return self.layer_gate + self.shortcut if self.skippable else least
+        if self.skippable:
+            return self.layer_gate + self.shortcut
+        none = [torch.zeros(1, len(sizes), dtype=torch.bool) for sizes in self.sizes]
+        least = self._price_convs(none).item() if none and self.divisible else self.branch
+        return least + self.channel_gate + self.shortcut
 
-    def price(self, keep: Tensor | None, channels: Sequence[Tensor] | None) -> Tensor | int:
+    def price(self, keep: Tensor | None, channels: Sequence[Tensor] | None) -> Any:
         """MACs of each image in this unit.
 
         Args:
@@ -87,26 +92,28 @@ class UnitCost:
         Returns:
             [B], int64 for bool keeps, else float; a number if nothing of the unit depends on the image.
         """
-        inside = self.channel_gate + (self.branch if channels is None else self._price_convs(channels))
+        inside = self.channel_gate + (
+            self.branch if channels is None or not self.divisible else self._price_convs(channels)
+        )
         outside = self.layer_gate + self.shortcut
         if keep is None:
             return inside + outside
         return _number(keep) * inside + outside
 
-    def _price_convs(self, channels: Sequence[Tensor]) -> Tensor | int:
-        total: Tensor | int = 0
+    def _price_convs(self, channels: Sequence[Tensor]) -> Any:
+        total: Any = 0
         for i, conv in enumerate(self.convs):
             source = channels[i - 1] if i else None
             target = channels[i] if i < len(channels) else None
             if conv.groups > 1 and source is not None and target is not None:
                 total = total + self._price_grouped(conv, i, source, target)
             else:
-                pair = conv.macs // (conv.inputs * conv.outputs)
+                pair = _share(conv.cost, conv.inputs * conv.outputs)
                 kept_in = conv.inputs if source is None else _count(source, self.sizes[i - 1])
                 kept_out = conv.outputs if target is None else _count(target, self.sizes[i])
                 total = total + pair * kept_in * kept_out
-            if conv.after:
-                each = conv.after // conv.outputs if target is not None else conv.after
+            if conv.extra:
+                each = _share(conv.extra, conv.outputs) if target is not None else conv.extra
                 total = total + (each * _count(target, self.sizes[i]) if target is not None else each)
         return total
 
@@ -114,7 +121,12 @@ class UnitCost:
         """A grouped convolution runs the groups whose inputs and outputs are both kept."""
         ins = _by_group(source, self.sizes[i - 1], conv.inputs // conv.groups)
         outs = _by_group(target, self.sizes[i], conv.outputs // conv.groups)
-        return (_number(ins) * _number(outs)).sum(1) * (conv.macs // conv.groups)
+        return (_number(ins) * _number(outs)).sum(1) * _share(conv.cost, conv.groups)
+
+
+def _share(cost: Any, parts: int) -> Any:
+    """One of equal parts; exact for MACs."""
+    return cost // parts if isinstance(cost, int) else cost / parts
 
 
 def _number(keep: Tensor) -> Tensor:
@@ -134,12 +146,6 @@ def _by_group(keep: Tensor, sizes: tuple[int, ...], per_group: int) -> Tensor:
     return keep.repeat_interleave(counts, dim=1)
 
 
-def _no_channels(unit: UnitCost) -> Tensor | int:
-    if not unit.sizes:
-        return unit.branch
-    return unit._price_convs([torch.zeros(1, len(sizes), dtype=torch.bool) for sizes in unit.sizes])
-
-
 @dataclass(frozen=True)
 class ExitCost:
     """MACs of leaving at one exit.
@@ -154,9 +160,12 @@ class ExitCost:
 
     name: str
     after: int
-    head: int
-    cheapest: int
-    dearest: int
+    head: Any
+    cheapest: Any
+    dearest: Any
+
+
+_COSTS = ("cost", "extra", "layer_gate", "shortcut", "channel_gate", "head", "cheapest", "dearest", "dense", "stem")
 
 
 @dataclass(frozen=True)
@@ -165,74 +174,83 @@ class CostTable:
 
     Attributes:
         input_size: (channels, height, width).
-        unit: "macs".
+        unit: "macs", "latency_ms" or "energy_mj".
         dense: MACs of the stock model.
         stem: before the first unit.
         leave: after each stage, before the next or the head (transitions of a DenseNet).
         units: every unit in running order, gated or not.
         exits: every exit in order, the model's own head last.
+        machine: what a measured table was measured on.
     """
 
     input_size: tuple[int, int, int]
     unit: str
-    dense: int
-    stem: int
-    leave: tuple[int, ...]
+    dense: Any  # numbers: int in MACs, float in another unit
+    stem: Any
+    leave: tuple[Any, ...]
     units: tuple[UnitCost, ...]
     exits: tuple[ExitCost, ...]
+    machine: str = ""
+
+    def scaled(self, factor: float, machine: str) -> "CostTable":
+        """The same table with every cost multiplied."""
+
+        def times(row: Any) -> Any:
+            names = [f.name for f in dataclasses.fields(row)]
+            return dataclasses.replace(row, **{n: getattr(row, n) * factor for n in names if n in _COSTS})
+
+        units = tuple(
+            dataclasses.replace(times(unit), convs=tuple(times(conv) for conv in unit.convs)) for unit in self.units
+        )
+        exits = tuple(map(times, self.exits))
+        leave = tuple(cost * factor for cost in self.leave)
+        return dataclasses.replace(times(self), units=units, exits=exits, leave=leave, machine=machine)
 
     @property
-    def cheapest(self) -> int:
+    def cheapest(self) -> Any:
         """MACs of an image that takes the cheapest way to the first exit."""
         return self.exits[0].cheapest
 
     @property
-    def dearest(self) -> int:
+    def dearest(self) -> Any:
         """MACs of an image that takes the dearest way to the head."""
         return self.exits[-1].dearest
 
-    def segment(self, exit_index: int) -> int:
+    def segment(self, exit_index: int) -> Any:
         """MACs of the dearest way from the exit before to this one, its classifier included."""
         reached = self.exits[exit_index - 1] if exit_index else None
         return self.exits[exit_index].dearest - (reached.dearest - reached.head if reached else 0)
 
 
-def cost_table(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), unit: str = "macs") -> CostTable:
-    """Count what every part of a model costs for one image.
-
-    Args:
-        model: a dynamic model or a stock one; it is not changed.
-        input_size: (channels, height, width).
-        unit: "macs".
-
-    Returns:
-        The table; `.dense`, `.units` and `.exits` are what one needs most.
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
+    """Count the multiply-adds of every part of a model, dynamic or stock, for one image; it is not changed.
 
     Raises:
-        ValueError: if the model has no units, or an argument is wrong.
+        ValueError: if the model has no units, or cannot run an input of that size.
     """
-    if unit != "macs":
-        raise ValueError(f"unit must be 'macs'; found {unit!r}")
-    size = check_input_size(input_size)
+    return alone(lambda: build_table(on_meta(model), input_size, MacMeter()), model, input_size)
+
+
+def alone(work: Callable[[], CostTable], model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
+    """Do the work in a thread of its own: no user's flop counter, inference mode, autocast or default device there."""
     families.units(model)
     box: list[CostTable | BaseException] = []
 
-    def work() -> None:
+    def catch() -> None:
         try:
-            box.append(_count_parts(_on_meta(model), size))
+            box.append(work())
         except BaseException as error:  # handed to the caller's thread
             box.append(error)
 
-    # A thread of its own has no user's flop counter, no inference mode, no autocast and no default device.
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=catch)
     thread.start()
     thread.join()
     if isinstance(box[0], BaseException):
-        raise ValueError(f"{families.model_name(model)!r} cannot run an input of {size}: {box[0]}") from box[0]
+        raise ValueError(f"{families.model_name(model)!r} cannot run an input of {input_size}: {box[0]}") from box[0]
     return box[0]
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose tensors have shapes only, without the user's hooks."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -246,32 +264,60 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return shapes
 
 
-@dataclass
-class _Meter:
-    """Runs parts and says what each cost."""
+class Meter(Protocol):
+    """Runs the parts of a model and says what each cost."""
 
-    counter: FlopCounterMode = field(default_factory=lambda: FlopCounterMode(display=False))
-    seen: int = 0
+    unit: str
+    divisible: bool  # whether a convolution's cost is in proportion to its channels
+
+    def input(self, model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+        """An image to run the parts on: [1, C, H, W]."""
+
+    def run(self, part: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        """What the part gives, and what it cost."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *args: Any) -> Any: ...
+
+
+class MacMeter:
+    """Counts multiply-adds of parts that are run on the meta device."""
+
+    unit = "macs"
+    divisible = True
+
+    def __init__(self) -> None:
+        self.counter, self.seen = FlopCounterMode(display=False), 0
+
+    def __enter__(self) -> None:
+        self.counter.__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        self.counter.__exit__(*args)
+
+    def input(self, model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+        """An image that has a shape only: [1, C, H, W]."""
+        return torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype)
 
     def run(self, part: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+        """What the part gives, and its MACs."""
         out = part(*args)
         before, self.seen = self.seen, self.counter.get_total_flops()
         return out, (self.seen - before) // 2
 
 
-def _count_parts(model: Any, size: tuple[int, int, int]) -> CostTable:
-    like = next(model.parameters())
-    x = torch.empty(1, *size, device="meta", dtype=like.dtype)
-    meter = _Meter()
+def build_table(model: Any, size: tuple[int, int, int], meter: Meter) -> CostTable:
+    """Run every part of a model once, all gates open, and note what each cost."""
     family = families.family(model)
     exits = getattr(model, "exits", None)
     places = exits.after if exits is not None else ()
     rows: list[UnitCost] = []
-    leave: list[int] = []
+    leave: list[Any] = []
     stops: list[ExitCost] = []
     memory = None
-    with torch.no_grad(), meter.counter:
-        (_, x), stem = meter.run(family.stem, model, x)
+    with torch.no_grad(), meter:
+        (_, x), stem = meter.run(family.stem, model, meter.input(model, size))
         low = high = stem
         for i, unit in enumerate(families.units(model)):
             x, memory, row = _count_unit(meter, model, unit, i, x, memory)
@@ -281,39 +327,43 @@ def _count_parts(model: Any, size: tuple[int, int, int]) -> CostTable:
                 _, head = meter.run(exits, len(stops), x)
                 stops.append(ExitCost(unit.name, i, head, low + head, high + head))
             if unit.last:
-                x, macs = meter.run(family.leave, model, unit.stage, x)
-                leave.append(macs)
-                low, high = low + macs, high + macs
+                x, cost = meter.run(family.leave, model, unit.stage, x)
+                leave.append(cost)
+                low, high = low + cost, high + cost
         _, head = meter.run(family.head, model, x)
     stops.append(ExitCost("head", len(rows) - 1, head, low + head, high + head))
     dense = stem + sum(row.full for row in rows) + sum(leave) + head
-    return CostTable(size, "macs", dense, stem, tuple(leave), tuple(rows), tuple(stops))
+    return CostTable(size, meter.unit, dense, stem, tuple(leave), tuple(rows), tuple(stops))
 
 
 def _count_unit(
-    meter: _Meter, model: Any, unit: families.Unit, i: int, x: Tensor, memory: Any
+    meter: Meter, model: Any, unit: families.Unit, i: int, x: Tensor, memory: Any
 ) -> tuple[Tensor, Any, UnitCost]:
     layer_gates, channel_gates = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
-    layer_gate = channel_gate = 0
+    layer_gate: Any = 0
+    channel_gate: Any = 0
     sizes: tuple[tuple[int, ...], ...] = ()
     if layer_gates is not None and i > 0:
         (_, memory), layer_gate = meter.run(layer_gates, i - 1, x, memory)
     if channel_gates is not None and i > 0:
         _, channel_gate = meter.run(channel_gates, i - 1, x)
         sizes = channel_gates.sizes[i - 1]
-    short, shortcut_macs = meter.run(shortcut, unit, x)
-    y, total = meter.run(branch, unit, x)
-    convs = _count_convs(meter, unit, x) or (ConvCost(total, 0, 1, 1),)
-    rest = total - sum(conv.macs + conv.after for conv in convs)
-    assert rest == 0, f"{unit.name}: {rest} MACs unaccounted for"
-    y, _ = meter.run(close, unit, y, short)
+    _, short = meter.run(shortcut, unit, x)
+    y, total = meter.run(run_dense, unit, x)
+    convs = _count_convs(meter, unit, x) if meter.divisible else ()
+    if convs:
+        left = total - short - sum(conv.cost + conv.extra for conv in convs)
+        assert abs(left) <= 1e-9 * total, f"{unit.name}: {left} of {total} unaccounted for"
+    convs = convs or (ConvCost(max(total - short, 0), 0, 1, 1),)
     skippable = layer_gates is not None and i > 0
     gated = skippable or bool(sizes)
-    row = UnitCost(unit.name, unit.stage, gated, skippable, layer_gate, shortcut_macs, channel_gate, convs, sizes)
+    row = UnitCost(
+        unit.name, unit.stage, gated, skippable, layer_gate, short, channel_gate, convs, sizes, meter.divisible
+    )
     return join(unit, x, y), memory, row
 
 
-def _count_convs(meter: _Meter, unit: families.Unit, x: Tensor) -> tuple[ConvCost, ...]:
+def _count_convs(meter: Meter, unit: families.Unit, x: Tensor) -> tuple[ConvCost, ...]:
     """The branch again, convolution by convolution."""
 
     def follow(modules: families.After, x: Tensor) -> Tensor:
@@ -324,7 +374,7 @@ def _count_convs(meter: _Meter, unit: families.Unit, x: Tensor) -> tuple[ConvCos
     x = follow(unit.kind.before(unit.module), x)
     found = []
     for conv, after in unit.kind.steps(unit.module):
-        x, macs = meter.run(conv, x)
+        x, cost = meter.run(conv, x)
         x, extra = meter.run(follow, after, x)
-        found.append(ConvCost(macs, extra, conv.in_channels, conv.out_channels, conv.groups))
+        found.append(ConvCost(cost, extra, conv.in_channels, conv.out_channels, conv.groups))
     return tuple(found)

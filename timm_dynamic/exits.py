@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .configs import ExitConfig
 
-
 NEVER = 2.0  # a confidence that no softmax reaches
 
 
@@ -64,7 +63,7 @@ class Exits(nn.Module):
         self.after = tuple(after)  # places in the running order of all units, ascending
         self.heads = nn.ModuleList(heads)
         self.levels = (NEVER,) * len(heads)  # how sure an image that leaves in eval is at least; see calibrate
-        self.confidence = nn.Buffer(torch.tensor(self.levels))  # the same, to travel with the weights
+        self.confidence: Tensor = nn.Buffer(torch.tensor(self.levels))  # the same, to travel with the weights
         self.register_load_state_dict_post_hook(_read_levels)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """What the networks that can be made dynamic look like: stem, stages of units, head.
 
-The only file, with `opaque`, that names classes of timm and torchvision. Modules are looked up at each call, so that what a user does
-to a model (another batch norm, another head, a pruned stage) is seen.
+The only file, with `opaque`, that names classes of timm and torchvision. Modules are looked up at each call, so that
+what a user does to a model (another batch norm, another head, a pruned stage) is seen.
 """
 
 import math

@@ -61,8 +61,7 @@ def _all_exits(walk: Walk) -> list[Tensor]:
     for index in range(len(walk.stops)):
         walk.to_exit(index)
         found.append(walk.classify(index, walk.x))
-        if walk.table is not None:
-            walk.spent = walk.spent + walk.cost_of(index)
+        walk.pay_exit(index)
     return found
 
 
@@ -85,7 +84,7 @@ def decide(model: nn.Module, x: Tensor) -> Decisions:
     exit_logits: Sequence[Tensor | None]
     if model.training:
         exit_logits = _all_exits(walk)
-        logits, index, spent = exit_logits[-1], len(exit_logits) - 1, walk.spent
+        logits, index, spent = exit_logits[-1], len(exit_logits) - 1, walk.macs.spent if walk.macs else 0
         assert logits is not None
     else:
         logits, exit_logits, index, spent = leave_early(walk, batch, keep_all=True)

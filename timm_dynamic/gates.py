@@ -109,7 +109,7 @@ class FeedForwardGates(nn.Module):
         super().__init__()
         self.config = config
         self.gates = nn.ModuleList(FeedForwardGate(config, site) for site in sites)
-        self.threshold = thresholds(len(sites))
+        self.threshold: Tensor = thresholds(len(sites))
 
     def __len__(self) -> int:
         return len(self.gates)
@@ -139,7 +139,7 @@ class RecurrentGates(nn.Module):
         )
         self.cell = nn.LSTMCell(RNN_SIZE, RNN_SIZE)
         self.fc = nn.Linear(RNN_SIZE, 1)
-        self.threshold = thresholds(len(sites))
+        self.threshold: Tensor = thresholds(len(sites))
         if config.init == "open":
             open_gate(self.fc)
 
@@ -229,7 +229,7 @@ class ChannelGates(nn.Module):
             tuple(group_sizes(config, w, a) for w, a in zip(site.widths, site.aligns, strict=True)) for site in sites
         ]
         self.gates = nn.ModuleList()
-        self.threshold = thresholds(len(sites))
+        self.threshold: Tensor = thresholds(len(sites))
         for site, sizes in zip(sites, self.sizes, strict=True):
             kind = NarrowDenseGate if site.grows else PooledChannelGate
             gate = kind(site, sum(map(len, sizes)))

@@ -1,5 +1,6 @@
 """Leaving early: who leaves at which exit, and what they leave with."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,9 @@ class Rule:
             self.levels = [budget.confidence] * len(walk.stops)
         elif budget is None and walk.exits is not None and walk.exits.calibrated:
             self.levels = walk.exits.levels
-        self.most: Tensor | None = None  # int64 [B], the MACs that an image may cost
-        if budget is not None and (budget.macs is not None or budget.fraction is not None):
-            assert walk.table is not None
-            self.most = allowed_macs(budget, walk.table, batch).to(walk.x.device)
+        self.most: Tensor | None = None  # [B], what an image may cost
+        if budget is not None and walk.limit is not None:
+            self.most = allowance(budget, walk.limit.table, batch).to(walk.x.device)
 
     def leaving(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Bool over the images in `walk.x`, and the exit's logits of all of them if it had to be evaluated."""
@@ -37,45 +37,48 @@ class Rule:
         if walk.forced is not None and walk.forced.exit is not None:
             leave = leave | (walk.mine(walk.forced.exit) <= index)
         if self.most is not None:
-            assert walk.table is not None
-            leave = leave | (walk.spent + walk.table.segment(index + 1) > walk.mine(self.most))
+            assert walk.limit is not None
+            leave = leave | (walk.limit.spent + walk.limit.table.segment(index + 1) > walk.mine(self.most))
         elif self.budget is not None and self.budget.exit is not None:
             leave = leave | (self.budget.exit <= index)
         elif self.levels is not None and self.levels[index] <= 1:
             logits = walk.classify(index, walk.x)
-            if walk.table is not None:  # every image still here pays for this exit
-                walk.spent = walk.spent + walk.cost_of(index)
+            walk.pay_exit(index)
             if walk.forced is None or walk.forced.exit is None:
                 leave = leave | confident(logits, self.levels[index])
         return (leave if walk.alive is None else leave & walk.alive), logits
 
 
-def allowed_macs(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -> Tensor:
-    """What each image may cost, in MACs.
+def allowance(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -> Tensor:
+    """What each image may cost, in the table's unit.
 
     Args:
-        budget: one with `macs` or `fraction`.
+        budget: one that bounds each image.
         table: for the input size at hand.
         batch: number of images, or None to check the values only.
 
     Returns:
-        int64 [B], or [values] if `batch` is None.
+        [B], or [values] if `batch` is None; int64 for MACs.
 
     Raises:
         ValueError: if it is less than the dearest way to the first exit, or of the wrong length.
     """
-    macs = budget.macs if budget.macs is not None else int(table.dense * budget.fraction)  # type: ignore[operator]
-    most = torch.as_tensor(macs, dtype=torch.int64)
+    given = int(table.dense * budget.fraction) if budget.fraction is not None else getattr(budget, table.unit)
+    most = torch.as_tensor(given, dtype=torch.int64 if table.unit == "macs" else torch.float64)
     if most.dim() and batch is not None and len(most) != batch:
         raise ValueError(f"the budget has one value for each of {len(most)} images; found a batch of {batch}")
     least = table.exits[0].dearest
     if bool((most < least).any()):
-        share = f" (fraction {least / table.dense:.4f})"
+        share = math.ceil(least / table.dense * 1e4) / 1e4
         raise ValueError(
-            f"a budget of {int(most.min())} MACs is too small: at input size {table.input_size} the dearest way to "
-            f"the first exit costs {least} MACs{share}, the smallest budget possible"
+            f"a budget of {most.min().item()} {_NAMES[table.unit]} is too small: at input size {table.input_size} the "
+            f"dearest way to the first exit costs {least} {_NAMES[table.unit]} (fraction {share:.4f} of the stock "
+            "model), the smallest budget possible"
         )
     return most if batch is None else most.expand(batch)
+
+
+_NAMES = {"macs": "MACs", "latency_ms": "ms", "energy_mj": "mJ"}
 
 
 def leave_early(walk: Walk, batch: int, keep_all: bool = False) -> tuple[Tensor, list[Tensor | None], Any, Any]:
@@ -90,14 +93,14 @@ def leave_early(walk: Walk, batch: int, keep_all: bool = False) -> tuple[Tensor,
         last = len(walk.stops) - 1
         walk.to_exit(last)
         logits = walk.classify(last, walk.x)
-        spent = walk.spent + walk.cost_of(last) if walk.table is not None else None
-        return logits, [None] * last + [logits], last, spent
+        walk.pay_exit(last)
+        return logits, [None] * last + [logits], last, walk.macs.spent if walk.macs else None
     rule = Rule(walk, budget, batch)
     done = Results(batch, len(walk.stops), keep_all)
     for index in range(len(walk.stops)):
         walk.to_exit(index)
         leave, evaluated = rule.leaving(index)
-        if not walk.masked and not bool(leave.any()):
+        if not walk.masked and not bool(leave.any()) and index < len(walk.stops) - 1:
             done.see(walk, index, evaluated)
             continue
         done.take(walk, index, leave, evaluated)
@@ -141,9 +144,9 @@ class Results:
         if self.keep_all and not evaluated:
             self.exit_logits[index] = self._put(self.exit_logits[index], here, logits, float("nan"))
         self.exit_index = self._put(self.exit_index, places, torch.full_like(places, index), 0)
-        if walk.table is not None:
-            spent = torch.as_tensor(walk.spent, device=logits.device).expand(walk.images())[leave]
-            spent = spent if evaluated else spent + walk.cost_of(index)
+        if walk.macs is not None:
+            spent = torch.as_tensor(walk.macs.spent, device=logits.device).expand(walk.images())[leave]
+            spent = spent if evaluated else spent + walk.macs.exit_cost(index)
             self.macs = self._put(self.macs, places, spent, 0)
 
     def _put(self, into: Tensor | None, here: Any, values: Tensor, empty: float) -> Tensor:

@@ -29,6 +29,7 @@ from .budgets import check_budget
 from .cifar import default_cfgs as cifar_cfgs
 from .configs import BudgetConfig
 from .surgery import PARTS, add_channel_gates, add_exits, add_layer_gates
+from .walk import dynamic_of
 
 _logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def add_parts(
             verb(model, None if wanted is True else wanted)
     if budget is not None and budget is not False:
         config = BudgetConfig.make(budget)
+        dynamic_of(model)
         check_budget(model, config)
         model.dynamic.budget = config
     return model

@@ -90,7 +90,9 @@ def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> 
 
     def build() -> Exits:
         heads = [
-            ExitHead(families.channels_after(all_units, i), classes, max(0, 2 - all_units[i].stage), all_units[i].kind.grows)
+            ExitHead(
+                families.channels_after(all_units, i), classes, max(0, 2 - all_units[i].stage), all_units[i].kind.grows
+            )
             for i in after
         ]
         return Exits(chosen, after, heads)
@@ -196,6 +198,8 @@ def _check_channel_keep(model: Any, keep: Any) -> None:
 
 
 def _check_exit(exit: Any, count: int) -> None:
+    if not isinstance(exit, (int, Tensor)) or isinstance(exit, bool):
+        raise ValueError(f"exit must be an int or a tensor of ints [batch]; found {exit!r}")
     values = torch.as_tensor(exit)
     if values.dim() > 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise ValueError(f"exit must be an int or a tensor of ints [batch]; found {exit!r}")
@@ -234,9 +238,7 @@ def _site(found: Sequence[families.Unit], i: int) -> GateSite:
             aligns[k] = max(aligns[k], conv.in_channels // conv.groups)
     widths = tuple(conv.out_channels for conv, _ in steps[:-1])
     channels = steps[0][0].in_channels if steps else families.channels_after(found, i - 1)
-    return GateSite(
-        unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), unit.kind.width(unit.module)
-    )
+    return GateSite(unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), unit.kind.width(unit.module))
 
 
 def _places(model: Any, config: ExitConfig, all_units: Sequence[families.Unit]) -> list[int]:

@@ -103,7 +103,7 @@ def run_skipping(
     picked = x[places]
     y = close(unit, _sliced_branch(unit, picked, choose(picked, places)), short if unit.kind.grows else short[places])
     out = rest(unit, short)
-    out = out.clone() if out is x else out
+    out = out.clone() if out is x or out.requires_grad else out
     out[places] = y
     return out
 

@@ -30,6 +30,7 @@ class Dynamic:
     execution: str = "skip"
     budget: BudgetConfig | None = None
     forced: Forced | None = None
+    limit: costs.CostTable | None = None  # what a budget of milliseconds or millijoules is counted by
     tables: dict[Any, costs.CostTable] = field(default_factory=dict)
 
 
@@ -81,8 +82,37 @@ def table_for(model: Any, input_size: tuple[int, int, int]) -> costs.CostTable:
     key = (*input_size, getattr(classifier, "out_features", 0))
     tables = model.dynamic.tables
     if key not in tables:
-        tables[key] = costs.cost_table(model, input_size)
+        tables[key] = costs.count_macs(model, input_size)
     return tables[key]
+
+
+def _limit_table(model: Any, x: Tensor) -> costs.CostTable:
+    """The table that a budget of milliseconds or millijoules was set with."""
+    table = model.dynamic.limit
+    if table is None or table.input_size != tuple(x.shape[1:]):
+        found = None if table is None else table.input_size
+        raise ValueError(
+            f"the budget's table is for input size {found}; found {tuple(x.shape[1:])}: set the budget again with "
+            "input_size="
+        )
+    return table
+
+
+@dataclass
+class Account:
+    """What the images that are still on their way have spent."""
+
+    table: costs.CostTable
+    spent: Tensor | float | int
+
+    def charge(self, cost: Tensor | float | int) -> None:
+        """Add a cost, one for all or one for each image."""
+        self.spent = self.spent + cost
+
+    def exit_cost(self, index: int) -> Any:
+        """Cost of classifying at exit `index`; the head comes with what follows the last stage."""
+        last = index == len(self.table.exits) - 1
+        return self.table.exits[index].head + (self.table.leave[-1] if last else 0)
 
 
 class Walk:
@@ -111,15 +141,22 @@ class Walk:
         self.layer_levels, self.channel_levels = self._levels(self.layer_gates), self._levels(self.channel_gates)
         self.stops = (*(self.exits.after if self.exits is not None else ()), len(self.units) - 1)
         budget = model.dynamic.budget if budgeted and not model.training else None
-        counted = log is not None or (budget is not None and (budget.macs or budget.fraction))
-        self.table = table_for(model, tuple(x.shape[1:])) if counted else None
+        self.accounts: list[Account] = []
+        self.macs = self.limit = None
+        if log is not None or (budget is not None and budget.unit == "macs"):
+            self.macs = self._open_account(table_for(model, tuple(x.shape[1:])))
+        if budget is not None and budget.unit is not None:
+            self.limit = self.macs if budget.unit == "macs" else self._open_account(_limit_table(model, x))
         self.forced = _resolve(model, x, self) if model.dynamic.forced is not None else None
         self.rows: Tensor | None = None
         self.alive: Tensor | None = None
         self.memory: Memory = None
-        self.spent: Tensor | float | int = self.table.stem if self.table else 0
         self.next = 0  # the unit to come
         self.tapped, self.x = self.family.stem(model, x)
+
+    def _open_account(self, table: costs.CostTable) -> Account:
+        self.accounts.append(Account(table, table.stem))
+        return self.accounts[-1]
 
     def _levels(self, gates: Any) -> Any:
         """A gate's thresholds in eval, as numbers where values may be read."""
@@ -148,11 +185,10 @@ class Walk:
             return self.exits(index, x)
         return self.family.head(self.model, self.finish(x))
 
-    def cost_of(self, index: int) -> int:
-        """MACs of classifying at exit `index`."""
-        assert self.table is not None
-        last = index == len(self.stops) - 1
-        return self.table.exits[index].head + (self.table.leave[-1] if last else 0)
+    def pay_exit(self, index: int) -> None:
+        """Charge every image that is here with exit `index`."""
+        for account in self.accounts:
+            account.charge(account.exit_cost(index))
 
     def drop(self, leaving: Tensor) -> None:
         """Let images go. leaving: bool over the images in `x`."""
@@ -164,16 +200,17 @@ class Walk:
         self.x = self.x[stay]
         if self.memory is not None:
             self.memory = (self.memory[0][stay], self.memory[1][stay])
-        if isinstance(self.spent, Tensor):
-            self.spent = self.spent[stay]
+        for account in self.accounts:
+            if isinstance(account.spent, Tensor):
+                account.spent = account.spent[stay]
 
     # One unit --------------------------------------------------------------------------------------------------------
 
     def _run(self, i: int, unit: families.Unit) -> None:
         if i > 0 and self.units[i - 1].last:
             self.x = self.family.leave(self.model, self.units[i - 1].stage, self.x)
-            if self.table is not None:
-                self.spent = self.spent + self.table.leave[self.units[i - 1].stage]
+            for account in self.accounts:
+                account.charge(account.table.leave[self.units[i - 1].stage])
         keep = self._ask_layer(i - 1) if i > 0 and self.layer_gates is not None else None
         run = self._run_masked if self.masked else self._run_skipping
         run(i, unit, keep)
@@ -222,9 +259,8 @@ class Walk:
     def _run_masked(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
         channels = self._ask_channels(i - 1, self.x, None) if i > 0 and self.channel_gates is not None else None
         wide = None if channels is None else self._widened(i - 1, channels)
-        if self.table is not None:
-            price = self.table.units[i].price(keep, channels)
-            self.spent = self.spent + (self._living(price) if isinstance(price, Tensor) else price)
+        for account in self.accounts:
+            account.charge(account.table.units[i].price(keep, channels))
         if self.log is not None and channels is not None:
             for k in channels:
                 shown = k if keep is None else (k & keep[:, None] if k.dtype == torch.bool else k * keep[:, None])
@@ -245,7 +281,7 @@ class Walk:
                 return None
             keeps = self._ask_channels(g, x, places)
             chosen = keeps
-            if places is not None and (self.log is not None or self.table is not None):
+            if places is not None and self.accounts:
                 chosen = [spread(k, places, self.images()) for k in keeps]
             return self._widened(g, keeps)
 
@@ -253,8 +289,8 @@ class Walk:
         if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
             sizes = self.channel_gates.sizes[g]
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
-        if self.table is not None:
-            self.spent = self.spent + self.table.units[i].price(keep, chosen)
+        for account in self.accounts:
+            account.charge(account.table.units[i].price(keep, chosen))
         if self.log is not None and chosen is not None:
             self.log.channel_keep += [spread(k, self.rows, self.log.batch) for k in chosen]
         self.x = units.join(unit, self.x, y)
