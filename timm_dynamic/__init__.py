@@ -5,6 +5,7 @@ Importing registers the names `skipnet_*`, `iadi_*` and `ddi_*` with timm.
 
 from . import registry as registry
 from .budgets import set_budget
+from .calibration import Calibration, calibrate
 from .configs import BudgetConfig, ChannelGateConfig, EnergyConfig, ExitConfig, LayerGateConfig
 from .costs import CostTable
 from .forward import Decisions, anytime, decide
@@ -14,6 +15,7 @@ from .version import __version__
 
 __all__ = [
     "BudgetConfig",
+    "Calibration",
     "ChannelGateConfig",
     "CostTable",
     "Decisions",
@@ -25,6 +27,7 @@ __all__ = [
     "add_exits",
     "add_layer_gates",
     "anytime",
+    "calibrate",
     "cost_table",
     "decide",
     "force",
