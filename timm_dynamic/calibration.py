@@ -1,5 +1,6 @@
 """Calibration: one trained model, any mean cost between its cheapest and its dearest."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ class _Search:
     def over(self, levels: Iterable[float], refine: bool) -> Calibration:
         """Try each threshold; between two whose cost without exits lies on either side of the target, halve."""
         tried = [(level, self._try(level)) for level in levels]
-        crossing = [(a, b) for a, b in zip(tried, tried[1:], strict=False) if a[1] >= self.target >= b[1]]
+        crossing = [(a, b) for a, b in itertools.pairwise(tried) if a[1] >= self.target >= b[1]]
         for (low, _), (high, _) in crossing if refine else []:
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
