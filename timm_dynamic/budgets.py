@@ -70,6 +70,23 @@ def set_budget(
     return model
 
 
+def set_price(model: Any, table: CostTable | None) -> Any:
+    """Say what `Decisions.cost` is counted by in training: a table of `cost_table`, or None for MACs.
+
+    Args:
+        model: a dynamic model.
+        table: of this model at the input size of training. Units are paid by the channels that run.
+
+    Raises:
+        ValueError: if the table is of another model.
+    """
+    dynamic = dynamic_of(model)
+    if table is not None:
+        _check_table(model, table, table_for(model, table.input_size), table.unit)
+    dynamic.priced = None if table is None else table.by_channel()
+    return model
+
+
 def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = None) -> CostTable | None:
     """Raise a `ValueError` if the model cannot keep the budget at all.
 

@@ -192,6 +192,10 @@ class CostTable:
     exits: tuple[ExitCost, ...]
     machine: str = ""
 
+    def by_channel(self) -> "CostTable":
+        """The same table, units paid by the channels that run: a smooth cost to train for."""
+        return dataclasses.replace(self, units=tuple(dataclasses.replace(u, divisible=True) for u in self.units))
+
     def scaled(self, factor: float, machine: str) -> "CostTable":
         """The same table with every cost multiplied."""
 
@@ -350,11 +354,15 @@ def _count_unit(
         sizes = channel_gates.sizes[i - 1]
     _, short = meter.run(shortcut, unit, x)
     y, total = meter.run(run_dense, unit, x)
-    convs = _count_convs(meter, unit, x) if meter.divisible else ()
-    if convs:
-        left = total - short - sum(conv.cost + conv.extra for conv in convs)
-        assert abs(left) <= 1e-9 * total, f"{unit.name}: {left} of {total} unaccounted for"
-    convs = convs or (ConvCost(max(total - short, 0), 0, 1, 1),)
+    whole = max(total - short, 0)
+    convs = _count_convs(meter, unit, x) or (ConvCost(whole, 0, 1, 1),)
+    seen = sum(conv.cost + conv.extra for conv in convs)
+    if not meter.divisible:  # measured: make the convolutions add up to the branch
+        convs = tuple(
+            dataclasses.replace(conv, cost=conv.cost * whole / seen, extra=conv.extra * whole / seen) for conv in convs
+        )
+    elif abs(whole - seen) > 1e-9 * whole:
+        raise RuntimeError(f"{unit.name} costs {whole}, its convolutions {seen}")
     skippable = layer_gates is not None and i > 0
     gated = skippable or bool(sizes)
     row = UnitCost(

@@ -19,11 +19,11 @@ class Decisions:
         logits: [B, classes], of the exit that each image left at.
         exit_logits: for each exit, the head last: [B, classes], NaN where the exit was not evaluated.
         layer_keep: [B, units], 1 = run. Bool in eval, straight-through floats in training; 0 where never reached.
-        layer_prob: [B, units], what the gates said, in float32; 0 where never reached.
+        layer_prob: [B, units], what the gates said, in float32, in training with a gradient; 0 where never reached.
         channel_keep: for each gated hidden width [B, groups]; 0 in a skipped unit.
         exit_index: [B] int64.
         macs: [B] int64, the cost of skipping execution, whatever the execution was.
-        cost: [B] float, the same; in training with a gradient to the gates.
+        cost: [B] float, the same; in training with a gradient to the gates, and in the unit set by `set_price`.
     """
 
     logits: Tensor
@@ -83,12 +83,13 @@ def decide(model: nn.Module, x: Tensor) -> Decisions:
     walk = Walk(model, x, log)
     exit_logits: Sequence[Tensor | None]
     if model.training:
-        exit_logits = _all_exits(walk)
-        logits, index, spent = exit_logits[-1], len(exit_logits) - 1, walk.macs.spent if walk.macs else 0
-        assert logits is not None
+        exit_logits = all_logits = _all_exits(walk)
+        assert walk.macs is not None
+        logits, index, spent = all_logits[-1], len(all_logits) - 1, walk.macs.spent
     else:
         logits, exit_logits, index, spent = leave_early(walk, batch, keep_all=True)
-    cost = torch.as_tensor(spent, device=x.device).expand(batch)
+    macs = torch.as_tensor(spent, device=x.device).expand(batch)
+    cost = torch.as_tensor(walk.price.spent, device=x.device).expand(batch) if walk.price and model.training else macs
     blank = torch.full_like(logits.detach(), float("nan"))
     layers = len(walk.layer_gates) if walk.layer_gates is not None else 0
     groups = [len(s) for unit in walk.channel_gates.sizes for s in unit] if walk.channel_gates is not None else []
@@ -102,7 +103,7 @@ def decide(model: nn.Module, x: Tensor) -> Decisions:
         layer_prob=_columns(log.layer_prob, batch, layers, torch.float32, x.device),
         channel_keep=log.channel_keep + missed,
         exit_index=torch.as_tensor(index, device=x.device).expand(batch),
-        macs=cost.detach().round().long(),
+        macs=macs.detach().round().long(),
         cost=cost.float(),
     )
 

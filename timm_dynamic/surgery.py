@@ -128,6 +128,23 @@ def set_execution(model: Any, execution: str) -> Any:
     return model
 
 
+def set_gating(model: Any, gating: str) -> Any:
+    """Choose how the gates of a dynamic model decide in training.
+
+    Args:
+        model: a dynamic model.
+        gating: "hard": keep where the probability is at least 0.5, with a straight-through gradient (SkipNet, eq. 7);
+            "soft": keep to the extent of the probability (the paper's table 3); "sample": keep with that probability,
+            without a gradient through the decision (SkipNet, section 3.2).
+
+    Raises:
+        ValueError: for another word, or a stock model.
+    """
+    one_of("gating", gating, ("hard", "soft", "sample"))
+    dynamic_of(model).gating = gating
+    return model
+
+
 @contextmanager
 def force(
     model: Any,

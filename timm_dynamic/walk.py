@@ -30,6 +30,8 @@ class Dynamic:
     execution: str = "skip"
     budget: BudgetConfig | None = None
     forced: Forced | None = None
+    gating: str = "hard"  # how gates decide in training: see set_gating
+    priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
     limit: costs.CostTable | None = None  # what a budget of milliseconds or millijoules is counted by
     tables: dict[Any, costs.CostTable] = field(default_factory=dict)
 
@@ -145,6 +147,8 @@ class Walk:
         self.macs = self.limit = None
         if log is not None or (budget is not None and budget.unit == "macs"):
             self.macs = self._open_account(table_for(model, tuple(x.shape[1:])))
+        priced = model.dynamic.priced if log is not None and model.training else None
+        self.price = self.macs if priced is None else self._open_account(priced)
         if budget is not None and budget.unit is not None:
             self.limit = self.macs if budget.unit == "macs" else self._open_account(_limit_table(model, x))
         self.forced = _resolve(model, x, self) if model.dynamic.forced is not None else None
@@ -223,21 +227,30 @@ class Walk:
         """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
         assert self.layer_gates is not None
         prob, self.memory = self.layer_gates(g, self.x, self.memory)
-        keep = straight_through(prob) if self.model.training else prob >= self.layer_levels[g]
+        keep = self._choose(prob, self.layer_levels, g)
         if self.forced is not None and self.forced.layer_keep is not None:
             wanted = self.mine(self.forced.layer_keep[:, g])
             keep = wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
         if self.log is not None:
-            self.log.layer_prob.append(spread(self._living(prob.detach()), self.rows, self.log.batch))
+            self.log.layer_prob.append(spread(self._living(prob), self.rows, self.log.batch))
             self.log.layer_keep.append(spread(self._living(keep), self.rows, self.log.batch))
         return keep
+
+    def _choose(self, prob: Tensor, levels: Any, g: int) -> Tensor:
+        """A decision from probabilities: bool in eval; in training a float by the model's gating."""
+        if not self.model.training:
+            return prob >= levels[g]
+        gating = self.model.dynamic.gating
+        if gating == "soft":
+            return prob
+        return torch.bernoulli(prob.detach()) if gating == "sample" else straight_through(prob)
 
     def _ask_channels(self, g: int, x: Tensor, places: Tensor | None) -> list[Tensor]:
         """For each hidden width of gated unit `g`, keeps of its groups [B', groups]."""
         assert self.channel_gates is not None
         probs = self.channel_gates(g, x)
-        level = 0.5 if self.model.training else self.channel_levels[g]
-        keeps = [straight_through(p) if self.model.training else p >= level for p in probs]
+        sampled = self.model.training and self.model.dynamic.gating == "sample"  # sampling is for layer gates
+        keeps = [straight_through(p) if sampled else self._choose(p, self.channel_levels, g) for p in probs]
         if self.forced is not None and self.forced.channel_keep is not None:
             first = sum(len(sizes) for sizes in self.channel_gates.sizes[:g])
             for k, prob in enumerate(probs):
