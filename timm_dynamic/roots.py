@@ -34,6 +34,7 @@ def _forward_intermediates(
     assert output_fmt == "NCHW", "Output shape must be NCHW."
     take, most = feature_take_indices(len(self.feature_info), indices)
     walk = Walk(self, x, budgeted=False)
+    walk.shared = True
     found = [walk.tapped] if 0 in take else []
     ends = [i for i, unit in enumerate(walk.units) if unit.last]
     for level, end in enumerate(ends, start=1):

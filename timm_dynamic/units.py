@@ -51,7 +51,7 @@ def close(unit: Unit, y: Tensor, short: Tensor) -> Tensor:
 def rest(unit: Unit, short: Tensor) -> Tensor:
     """What a skipped unit gives. short: [B, C, H, W], which is used up where it is not the unit's input."""
     if unit.kind.grows:
-        return short.new_zeros(short.shape[0], unit.kind.width(unit.module), *short.shape[2:])
+        return _zeros(short, unit.kind.width(unit.module), short.shape[2:], layout_of(short))
     act = unit.kind.act(unit.module)
     if unit.module.downsample is not None:
         return act(short)
@@ -77,13 +77,17 @@ def run_masked(unit: Unit, x: Tensor, keep: Tensor | None, keeps: Keeps | None) 
     short = shortcut(unit, x)
     y = close(unit, y, short)
     gate = keep.to(y.dtype)[:, None, None, None]
-    if unit.kind.grows:
+    if unit.kind.grows:  # rests at zeros
         return gate * y
     return gate * y + (1 - gate) * rest(unit, short)
 
 
 def run_skipping(
-    unit: Unit, x: Tensor, keep: Tensor | None, choose: Callable[[Tensor, Tensor | None], Keeps | None]
+    unit: Unit,
+    x: Tensor,
+    keep: Tensor | None,
+    choose: Callable[[Tensor, Tensor | None], Keeps | None],
+    reuse: bool = False,
 ) -> Tensor:
     """Only what is kept, for the images that keep it.
 
@@ -93,19 +97,27 @@ def run_skipping(
         keep: bool [B]; None where the unit is not gated.
         choose: given the inputs of the images that run and their places in `x` (None for all), says which channels
             they keep: bool [B', channels] for each hidden width, or None for all. Not called if no image runs.
+        reuse: results may be put into `x` itself, because nobody else reads it.
     """
     short = shortcut(unit, x)
-    places = None if keep is None else keep.nonzero().flatten()
-    if places is None or len(places) == len(x):
+    places = None if keep is None else _places(keep)
+    if places is None:
         return close(unit, _sliced_branch(unit, x, choose(x, None)), short)
     if len(places) == 0:
         return rest(unit, short)
     picked = x[places]
     y = close(unit, _sliced_branch(unit, picked, choose(picked, places)), short if unit.kind.grows else short[places])
     out = rest(unit, short)
-    out = out.clone() if out is x or out.requires_grad else out
+    if out.requires_grad or (out is x and not reuse):
+        out = out.clone()
     out[places] = y
     return out
+
+
+def _places(keep: Tensor) -> Tensor | None:
+    """Where `keep` [B] holds; None for everywhere."""
+    places = keep.nonzero().flatten()
+    return None if len(places) == len(keep) else places
 
 
 def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None) -> Tensor:
@@ -121,14 +133,21 @@ def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None) -> Tensor:
         kept = [part.nonzero().flatten() for part in pattern.split([k.shape[1] for k in keeps])]
         y = _branch_slice(unit, x[places], kept)
         if out is None:
-            out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=_layout(y))
+            out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=layout_of(y))
         out[places] = y
     assert out is not None
     return out
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The memory format of x: [B, C, H, W]; plain where both fit."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _zeros(like: Tensor, channels: int, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
+    out = torch.empty(len(like), channels, *shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return out.zero_()
 
 
 def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor]) -> Tensor:
@@ -171,7 +190,8 @@ def _grouped_slice(conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Te
     if len(both):
         picked = _channels(torch.searchsorted(ins, both), per_in)
         weight = conv.weight[_channels(both, per_out)]
-        y = F.conv2d(x[:, picked], weight, None, conv.stride, conv.padding, conv.dilation, len(both))
+        source_x = x[:, picked].contiguous(memory_format=layout_of(x))
+        y = F.conv2d(source_x, weight, None, conv.stride, conv.padding, conv.dilation, len(both))
         out[:, _channels(torch.searchsorted(outs, both), per_out)] = y
     if conv.bias is not None:
         out += conv.bias[_channels(outs, per_out)][:, None, None]
@@ -189,5 +209,5 @@ def _constant(conv: nn.Conv2d, x: Tensor, channels: int, bias: Tensor | None) ->
     for i, size in enumerate(x.shape[2:]):
         reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
         shape.append((size + 2 * int(conv.padding[i]) - reach) // conv.stride[i] + 1)
-    out = x.new_zeros(len(x), channels, *shape)
+    out = _zeros(x, channels, shape, layout_of(conv.weight))
     return out if bias is None else out + bias[:, None, None]

@@ -152,6 +152,7 @@ class Walk:
         if budget is not None and budget.unit is not None:
             self.limit = self.macs if budget.unit == "macs" else self._open_account(_limit_table(model, x))
         self.forced = _resolve(model, x, self) if model.dynamic.forced is not None else None
+        self.shared = False  # whether the caller keeps what units give
         self.rows: Tensor | None = None
         self.alive: Tensor | None = None
         self.memory: Memory = None
@@ -298,7 +299,7 @@ class Walk:
                 chosen = [spread(k, places, self.images()) for k in keeps]
             return self._widened(g, keeps)
 
-        y = units.run_skipping(unit, self.x, keep, choose)
+        y = units.run_skipping(unit, self.x, keep, choose, reuse=not (self.shared or self.x.requires_grad))
         if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
             sizes = self.channel_gates.sizes[g]
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
