@@ -9,6 +9,7 @@ from .calibration import Calibration, calibrate
 from .configs import BudgetConfig, ChannelGateConfig, EnergyConfig, ExitConfig, LayerGateConfig
 from .costs import CostTable
 from .forward import Decisions, anytime, decide
+from .inference import optimize_for_inference
 from .measure import cost_table
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
 from .version import __version__
@@ -31,6 +32,7 @@ __all__ = [
     "cost_table",
     "decide",
     "force",
+    "optimize_for_inference",
     "set_budget",
     "set_execution",
     "strip",

@@ -32,6 +32,7 @@ class Dynamic:
     forced: Forced | None = None
     gating: str = "hard"  # how gates decide in training: see set_gating
     priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
+    origin: Any = None  # of an optimised copy: the model it was made from, on the meta device
     limit: costs.CostTable | None = None  # what a budget of milliseconds or millijoules is counted by
     tables: dict[Any, costs.CostTable] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ def table_for(model: Any, input_size: tuple[int, int, int]) -> costs.CostTable:
     key = (*input_size, getattr(classifier, "out_features", 0))
     tables = model.dynamic.tables
     if key not in tables:
-        tables[key] = costs.count_macs(model, input_size)
+        tables[key] = costs.count_macs(model.dynamic.origin or model, input_size)
     return tables[key]
 
 
@@ -157,6 +158,8 @@ class Walk:
         self.alive: Tensor | None = None
         self.memory: Memory = None
         self.next = 0  # the unit to come
+        if model.dynamic.origin is not None:
+            x = x.contiguous(memory_format=torch.channels_last)
         self.tapped, self.x = self.family.stem(model, x)
 
     def _open_account(self, table: costs.CostTable) -> Account:

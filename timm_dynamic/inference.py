@@ -1,0 +1,122 @@
+"""A copy of a dynamic network that makes the same decisions in less time."""
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from . import families
+from .costs import on_meta
+from .gates import RNN_SIZE, Memory, RecurrentGates, pooled
+from .walk import dynamic_of
+
+
+def optimize_for_inference(model: Any) -> Any:
+    """A copy for eval: batch norms folded into convolutions, channels-last, the RNN gate as two matrix products.
+
+    It makes the decisions of the model it was made from and reports that model's MACs. It cannot be trained.
+
+    Args:
+        model: a dynamic model; it is not changed.
+
+    Returns:
+        The copy, in eval mode, on the same device. Logits agree with the model's to rounding.
+
+    Raises:
+        ValueError: if the model is a stock one.
+    """
+    dynamic_of(model)
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    fast.dynamic.origin = on_meta(model)
+    for unit in families.units(fast):
+        _fold_unit(unit)
+    _fold_root(fast)
+    for module in list(fast.modules()):
+        if isinstance(module, nn.Sequential):
+            _fold_sequence(module)
+    if isinstance(getattr(fast, "layer_gates", None), RecurrentGates):
+        fast.layer_gates = FoldedRecurrentGates(fast.layer_gates)
+    return fast.to(memory_format=torch.channels_last)
+
+
+class FoldedRecurrentGates(nn.Module):
+    """`RecurrentGates` in eval with projection and input weights folded into one matrix for each input width."""
+
+    def __init__(self, gates: RecurrentGates) -> None:
+        super().__init__()
+        self.config, self.keys = gates.config, list(gates.keys)
+        self.threshold: Tensor = nn.Buffer(gates.threshold.clone())
+        cell, matrices, offsets = gates.cell, [], []
+        for key in self.keys:
+            project: Any = gates.project[key]
+            matrices.append((cell.weight_ih @ project.weight).t().contiguous())  # [C, 4 * hidden]
+            offsets.append(cell.weight_ih @ project.bias + cell.bias_ih + cell.bias_hh)
+        self.matrices = nn.ParameterList(nn.Parameter(m, requires_grad=False) for m in matrices)
+        self.offsets = nn.ParameterList(nn.Parameter(o, requires_grad=False) for o in offsets)
+        self.hidden = nn.Parameter(cell.weight_hh.t().contiguous(), requires_grad=False)  # [hidden, 4 * hidden]
+        self.fc = gates.fc
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
+        z = torch.addmm(self.offsets[index], pooled(x), self.matrices[index])  # [B, 4 * hidden]: i, f, g, o
+        if memory is not None:
+            z = torch.addmm(z, memory[0], self.hidden)
+        n = RNN_SIZE
+        sigmoid = z.sigmoid()
+        cell = sigmoid[:, :n] * z[:, 2 * n : 3 * n].tanh()
+        if memory is not None:
+            cell = torch.addcmul(cell, sigmoid[:, n : 2 * n], memory[1])
+        hidden = sigmoid[:, 3 * n :] * cell.tanh()
+        return torch.sigmoid(F.linear(hidden, self.fc.weight, self.fc.bias).float()).flatten(), (hidden, cell)
+
+
+# Folding batch norms -------------------------------------------------------------------------------------------------
+
+
+def _foldable(conv: Any, norm: Any) -> bool:
+    """Whether `norm(conv(x))` is a convolution in eval (followed by what the norm holds beside)."""
+    return isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+
+
+def _fold(conv: nn.Conv2d, norm: Any) -> nn.Module:
+    """Fold a batch norm into the convolution before it; gives what is left of the norm."""
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return getattr(norm, "act", None) or nn.Identity()  # timm's norms may hold the activation
+
+
+def _child_name(parent: nn.Module, child: nn.Module) -> str:
+    return next(name for name, module in parent.named_children() if module is child)
+
+
+def _fold_unit(unit: families.Unit) -> None:
+    for conv, after in unit.kind.steps(unit.module):
+        norm = after[0] if after else None
+        if norm is not None and _foldable(conv, norm):
+            setattr(unit.module, _child_name(unit.module, norm), _fold(conv, norm))
+
+
+def _fold_sequence(sequence: nn.Sequential) -> None:
+    names = list(sequence._modules)
+    for first, second in itertools.pairwise(names):
+        conv, norm = getattr(sequence, first), getattr(sequence, second)
+        if _foldable(conv, norm):
+            setattr(sequence, second, _fold(conv, norm))
+
+
+def _fold_root(model: Any) -> None:
+    """The stem of a ResNet: `conv1` (or the last convolution in it) and `bn1`."""
+    conv: Any = getattr(model, "conv1", None)
+    conv = conv[-1] if isinstance(conv, nn.Sequential) else conv
+    if conv is not None and _foldable(conv, getattr(model, "bn1", None)):
+        model.bn1 = _fold(conv, model.bn1)
