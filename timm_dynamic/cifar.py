@@ -97,7 +97,7 @@ class CifarResNet(ResNet):
         self.add_module("conv1", stem)
         self.add_module("maxpool", nn.Identity())
         self.add_module("layer4", nn.Sequential())
-        self.feature_info = _at_cifar_strides(self.feature_info, stem="act1")
+        self.feature_info: Any = _at_cifar_strides(self.feature_info, stem="act1")
 
     def forward_intermediates(
         self,
@@ -154,7 +154,7 @@ class CifarDenseNet(DenseNet):
         nn.init.kaiming_normal_(stem.weight)
         self.features.conv0 = stem
         del self.features.norm0, self.features.pool0
-        self.feature_info = levels
+        self.feature_info: Any = levels
         names = [f"features.{name}" for name, _ in self.features.named_children()]
         self.feature_ends = [names.index(level["module"]) for level in levels]
 

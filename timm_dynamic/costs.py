@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import families
-from .units import join, run_dense, shortcut
+from .units import branch, close, join, run_dense, shortcut
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ class CostTable:
 
     @property
     def cheapest(self) -> Any:
-        """MACs of an image that takes the cheapest way to the first exit."""
-        return self.exits[0].cheapest
+        """Cost of an image that takes the cheapest way out."""
+        return min(stop.cheapest for stop in self.exits)
 
     @property
     def dearest(self) -> Any:
@@ -352,17 +352,13 @@ def _count_unit(
     if channel_gates is not None and i > 0:
         _, channel_gate = meter.run(channel_gates, i - 1, x)
         sizes = channel_gates.sizes[i - 1]
-    _, short = meter.run(shortcut, unit, x)
-    y, total = meter.run(run_dense, unit, x)
-    whole = max(total - short, 0)
-    convs = _count_convs(meter, unit, x) or (ConvCost(whole, 0, 1, 1),)
-    seen = sum(conv.cost + conv.extra for conv in convs)
-    if not meter.divisible:  # measured: make the convolutions add up to the branch
-        convs = tuple(
-            dataclasses.replace(conv, cost=conv.cost * whole / seen, extra=conv.extra * whole / seen) for conv in convs
-        )
-    elif abs(whole - seen) > 1e-9 * whole:
-        raise RuntimeError(f"{unit.name} costs {whole}, its convolutions {seen}")
+    added, short = meter.run(shortcut, unit, x)
+    y, convs = _count_convs(meter, unit, x)
+    y = close(unit, y, added)
+    if not meter.divisible:  # measured: make the convolutions add up to the unit as it runs
+        whole = max(meter.run(run_dense, unit, x)[1] - short, 0)
+        factor = whole / sum(conv.cost + conv.extra for conv in convs)
+        convs = tuple(dataclasses.replace(c, cost=c.cost * factor, extra=c.extra * factor) for c in convs)
     skippable = layer_gates is not None and i > 0
     gated = skippable or bool(sizes)
     row = UnitCost(
@@ -371,18 +367,21 @@ def _count_unit(
     return join(unit, x, y), memory, row
 
 
-def _count_convs(meter: Meter, unit: families.Unit, x: Tensor) -> tuple[ConvCost, ...]:
-    """The branch again, convolution by convolution."""
+def _count_convs(meter: Meter, unit: families.Unit, x: Tensor) -> tuple[Tensor, tuple[ConvCost, ...]]:
+    """The branch, convolution by convolution: what it gives, and what each cost."""
 
     def follow(modules: families.After, x: Tensor) -> Tensor:
         for module in modules:
             x = x if module is None else module(x)
         return x
 
+    if unit.kind.branch is not None:  # taken as a whole
+        x, cost = meter.run(branch, unit, x)
+        return x, (ConvCost(cost, 0, 1, 1),)
     x = follow(unit.kind.before(unit.module), x)
     found = []
     for conv, after in unit.kind.steps(unit.module):
         x, cost = meter.run(conv, x)
         x, extra = meter.run(follow, after, x)
         found.append(ConvCost(cost, extra, conv.in_channels, conv.out_channels, conv.groups))
-    return tuple(found)
+    return x, tuple(found)

@@ -13,8 +13,8 @@ NEVER = 2.0  # a confidence that no softmax reaches
 class ExitHead(nn.Module):
     """A branch classifier (DDI, supplement 8, fig. 13). [B, C, H, W] -> [B, classes].
 
-    Each pooling step halves the resolution and doubles the channels: 2x2 max pool, 3x3 depthwise and 1x1 convolution,
-    batch norm, ReLU. Then average pool and linear.
+    Each pooling step halves the resolution and doubles the channels up to 256: 2x2 max pool, 3x3 depthwise and 1x1
+    convolution, batch norm, ReLU. Then average pool and linear.
     """
 
     def __init__(self, channels: int, num_classes: int, pools: int, normalise: bool) -> None:
@@ -30,14 +30,15 @@ class ExitHead(nn.Module):
         self.pre = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) if normalise else nn.Identity()
         steps = []
         for _ in range(pools):
+            width = max(channels, min(2 * channels, 256))
             steps += [
                 nn.MaxPool2d(2, ceil_mode=True),
                 nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, 2 * channels, 1, bias=False),
-                nn.BatchNorm2d(2 * channels),
+                nn.Conv2d(channels, width, 1, bias=False),
+                nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
             ]
-            channels *= 2
+            channels = width
         self.pools = nn.Sequential(*steps)
         self.num_features = channels
         self.fc: nn.Module = nn.Identity()
@@ -47,7 +48,7 @@ class ExitHead(nn.Module):
         """A fresh linear layer for `num_classes` classes (none for 0), of the device and dtype of `like`."""
         with torch.inference_mode(False):
             fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.fc = fc if like is None else fc.to(like.device, like.dtype)
+            self.fc = fc if like is None else fc.to(like.device, like.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W] -> logits [B, classes]."""
@@ -72,13 +73,6 @@ class Exits(nn.Module):
     def forward(self, index: int, x: Tensor) -> Tensor:
         """x: [B, C, H, W] -> logits [B, classes] of exit `index`."""
         return self.heads[index](x)
-
-    def cut(self, units: int) -> None:
-        """Forget the exits that stand after the last of `units` units or beyond."""
-        kept = [i for i, place in enumerate(self.after) if place < units - 1]
-        self.after = tuple(self.after[i] for i in kept)
-        self.heads = nn.ModuleList(self.heads[i] for i in kept)
-        self.set_confidence([self.levels[i] for i in kept])
 
     @property
     def calibrated(self) -> bool:

@@ -245,7 +245,10 @@ class ChannelGates(nn.Module):
     def forward(self, index: int, x: Tensor) -> list[Tensor]:
         """x: [B, C, H, W] -> for each hidden width of unit `index`, probabilities [B, groups] in float32."""
         prob = torch.sigmoid(self.gates[index](x).float())
-        parts = prob.split([len(sizes) for sizes in self.sizes[index]], dim=1)
+        parts, start = [], 0
+        for sizes in self.sizes[index]:  # not `split`: fx cannot iterate over what it gives
+            parts.append(prob.narrow(1, start, len(sizes)))
+            start += len(sizes)
         return [part.cumprod(1) if self.config.mode == "nested" else part for part in parts]
 
     def cut(self, count: int) -> None:

@@ -64,7 +64,7 @@ def allowance(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -
         ValueError: if it is less than the dearest way to the first exit, or of the wrong length.
     """
     given = int(table.dense * budget.fraction) if budget.fraction is not None else getattr(budget, table.unit)
-    most = torch.as_tensor(given, dtype=torch.int64 if table.unit == "macs" else torch.float64)
+    most = torch.as_tensor(given, dtype=torch.int64 if table.unit == "macs" else torch.float64, device="cpu")
     if most.dim() and batch is not None and len(most) != batch:
         raise ValueError(f"the budget has one value for each of {len(most)} images; found a batch of {batch}")
     least = table.exits[0].dearest

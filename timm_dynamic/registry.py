@@ -28,6 +28,7 @@ from torchvision.models import resnet as tv_resnet
 from .budgets import check_budget
 from .cifar import default_cfgs as cifar_cfgs
 from .configs import BudgetConfig
+from .safety import check_saved_model
 from .surgery import PARTS, add_channel_gates, add_exits, add_layer_gates
 from .walk import dynamic_of
 
@@ -140,6 +141,7 @@ def _register_timm(prefix: str, base: str, cfgs: DefaultCfg) -> None:
     name = f"{prefix}_{base}"
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        kwargs = check_saved_model(name, pretrained, kwargs)
         return build_model_with_cfg(
             partial(_build_timm, base, METHODS[prefix]),
             name,

@@ -51,15 +51,20 @@ def _forward_intermediates(
 def _timm_root(name: str, base: Any) -> Any:
     """The dynamic twin of a timm class."""
 
-    def prune_intermediate_layers(self: Any, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's; the gates and exits of units that are no more go too."""
+    def prune_intermediate_layers(
+        self: Any, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's; gates of units that are no more go too, and exits go with the head."""
         before = len(families.units(self))
-        taken = base.prune_intermediate_layers(self, *args, **kwargs)
+        taken: list[int] = base.prune_intermediate_layers(self, indices, prune_norm, prune_head)
         left = len(families.units(self))
         for part in (p for p in ("layer_gates", "channel_gates") if left < before and hasattr(self, p)):
-            getattr(self, part).cut(max(left - 1, 0))
-        if left < before and hasattr(self, "exits"):
-            self.exits.cut(left)
+            if left < 2:
+                delattr(self, part)
+            else:
+                getattr(self, part).cut(left - 1)
+        if hasattr(self, "exits") and (prune_head or left < before):
+            del self.exits
         self.dynamic.tables.clear()
         return taken
 

@@ -1,0 +1,195 @@
+"""The model card of a saved model: what the Hub shows, and what it can search by."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from .budgets import default_input_size
+from .costs import CostTable
+from .measure import cost_table
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+MARK = "<!-- Written by timm_dynamic and written anew with every save: delete this line to keep your own text. -->"
+DATASETS = {  # first word of a tag or the `dataset` of the metrics -> name, id on the Hub
+    "cifar10": ("CIFAR-10", "uoft-cs/cifar10"),
+    "cifar100": ("CIFAR-100", "uoft-cs/cifar100"),
+    "svhn": ("SVHN", "ufldl-stanford/svhn"),
+    "imagenet": ("ImageNet-1k", "ILSVRC/imagenet-1k"),
+    "in1k": ("ImageNet-1k", "ILSVRC/imagenet-1k"),
+}
+COLUMNS = ("accuracy", "macs", "max_macs")
+NOT_NUMBERS = ("dataset", "training", "license", "base_model")
+
+
+def model_card(model: nn.Module, name: str, base: str, source: str, metrics: Mapping[str, Any] | None = None) -> str:
+    """Write the card.
+
+    Args:
+        model: a stock or dynamic timm model.
+        name: under which it is saved.
+        base: name of the stock model.
+        source: what `timm.create_model` is to be called with to load it.
+        metrics: see `timm_dynamic.hub.save_pretrained`.
+
+    Returns:
+        Markdown under a YAML header.
+    """
+    metrics = dict(metrics or {})
+    title = source.rsplit("/", 1)[-1] if source.startswith("hf-hub:") else name
+    table = cost_table(model, default_input_size(model)) if hasattr(model, "dynamic") else None
+    dataset = _dataset(model, metrics)
+    rows = list(_rows(metrics))
+    card = ModelCard.from_template(
+        _card_data(model, base, title, metrics, dataset, rows),
+        template_path=str(TEMPLATE),
+        title=title,
+        base=base,
+        source=source,
+        mark=MARK,
+        dynamic=table is not None,
+        training=metrics.get("training") or "How these weights were trained was not recorded.",
+        measured_on=f"Measured on {dataset[0]}." if dataset else "",
+        results=[_shown(row, metrics) for row in rows],
+        others=[{"name": name, "value": _plain(value)} for name, value in metrics.items() if _is_other(name, value)],
+        **_described(model, base, table),
+    )
+    return str(card)
+
+
+def _card_data(
+    model: Any,
+    base: str,
+    title: str,
+    metrics: Mapping[str, Any],
+    dataset: tuple[str, str | None] | None,
+    rows: list[dict[str, Any]],
+) -> ModelCardData:
+    name, hub_id = dataset or ("unknown", None)
+    results = [
+        EvalResult(
+            "image-classification", hub_id or name, name, kind, row[kind], metric_name=f"{label} ({row['name']})"
+        )
+        for row in rows
+        for kind, label in zip(COLUMNS, ("Accuracy", "MACs", "MACs of the dearest image"), strict=True)
+        if row.get(kind) is not None
+    ]
+    licence = metrics.get("license") or model.pretrained_cfg.get("license")
+    base_model = metrics["base_model"] if "base_model" in metrics else _base_model(model, base)
+    return ModelCardData(
+        license=licence,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=[
+            "image-classification",
+            "timm",
+            "timm_dynamic",
+            *(["dynamic-network"] if hasattr(model, "dynamic") else []),
+        ],
+        datasets=[hub_id] if hub_id else None,
+        base_model=base_model,
+        model_name=title,
+        metrics=["accuracy"] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _base_model(model: Any, base: str) -> str | None:
+    """Hub id of the stock weights that a model started from, by its tag."""
+    tag = model.pretrained_cfg.get("tag")
+    cfg = timm.get_pretrained_cfg(f"{base}.{tag}", allow_unregistered=True) if tag else None
+    return cfg.hf_hub_id if cfg is not None else None
+
+
+def _dataset(model: Any, metrics: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """Name and, if it is there, Hub id of the data that a model was trained for."""
+    given = metrics.get("dataset")
+    if given:
+        return DATASETS.get(str(given).lower(), (str(given), None))
+    words = str(model.pretrained_cfg.get("tag") or "").split("_")
+    return next((DATASETS[word] for word in words if word in DATASETS), None)
+
+
+def _rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every measured point, as rows with a name."""
+    if metrics.get("accuracy") is not None:
+        yield {"name": "this model", **{key: metrics.get(key) for key in COLUMNS}}
+    for key, name in (("dense", "base network, dense"), ("dynamic", "without budget")):
+        if isinstance(metrics.get(key), Mapping):
+            yield {"name": name, **metrics[key]}
+    for row in metrics.get("exits") or ():
+        yield {**row, "name": f"all images at exit {row['exit']}"}
+    for row in metrics.get("budgets") or ():
+        yield {**row, "name": f"budget {_budget(row['budget'])}"}
+
+
+def _budget(value: Any) -> str:
+    """A budget in words: a share of the base or MACs."""
+    return f"{value:.0%} of the base" if isinstance(value, float) and value <= 1 else _macs(value)
+
+
+def _shown(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
+    """A row of the table of results."""
+    dense = metrics["dense"].get("macs") if isinstance(metrics.get("dense"), Mapping) else None
+    accuracy, macs = row.get("accuracy"), row.get("macs")
+    return {
+        "name": row["name"],
+        "accuracy": "" if accuracy is None else f"{accuracy:.2%}",
+        "macs": _macs(macs),
+        "share": f"{macs / dense:.1%}" if macs is not None and dense else "",
+        "max_macs": _macs(row.get("max_macs")),
+    }
+
+
+def _is_other(name: str, value: Any) -> bool:
+    return name not in (*COLUMNS, *NOT_NUMBERS) and isinstance(value, (int, float, str))
+
+
+def _plain(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _macs(value: Any) -> str:
+    """MACs as one reads them."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.2f} M"
+
+
+def _described(model: Any, base: str, table: CostTable | None) -> dict[str, Any]:
+    """What the card says of the network itself."""
+    layer, channel = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
+    exits = getattr(model, "exits", None)
+    budget = model.dynamic.budget if table is not None else None
+    parts = []
+    if layer is not None:
+        parts.append(f"layer gates of kind `{layer.config.kind}`: each image decides which units run")
+    if channel is not None:
+        parts.append(f"channel gates, {channel.config.mode}: each image decides which hidden channels are computed")
+    if exits is not None:
+        parts.append(f"early exits ({len(exits)}): images may leave before the head, by budget or confidence")
+    if budget is not None:
+        given = {key: value for key, value in budget.to_dict().items() if value is not None}
+        parts.append("a budget that is set when it is loaded: " + ", ".join(f"{k} = {v}" for k, v in given.items()))
+    stops = [] if table is None else table.exits
+    ways = [f"MACs, {'the whole way' if stop.name == 'head' else f'leaving after `{stop.name}`'}" for stop in stops]
+    return {
+        "summary": f"`{base}`, made so that it leaves work out where an image does not need it."
+        if parts
+        else f"`{base}`, a plain network: no gates, no exits.",
+        "parts": parts or ["nothing was added: its base is the whole model"],
+        "exits": exits is not None,
+        "confidence": budget is not None and budget.confidence is not None,
+        "budget": stops[0].dearest if stops else None,
+        "input_size": " x ".join(map(str, default_input_size(model))),
+        "num_classes": model.num_classes,
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
+        "dense": "not counted" if table is None else _macs(table.dense),
+        "costs": [
+            {"name": way, "macs": f"{_macs(stop.cheapest)} to {_macs(stop.dearest)}"}
+            for way, stop in zip(ways, stops, strict=True)
+        ],
+    }

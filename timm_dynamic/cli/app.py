@@ -1,0 +1,255 @@
+"""The commands: what they take, and in which order things are done."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..configs import LAYER_GATE_KINDS
+from ..version import __version__
+from . import tables
+from .errors import BadInput, CommandError
+
+COUNTED = 40  # a list of at most this many networks counts parameters and MACs
+EXIT_CODES = "Exit codes: 0 done; 1 the network, the Hub or something unexpected failed; 2 wrong input."
+
+app = typer.Typer(
+    name="timm-dynamic",
+    help="ResNets and DenseNets in which each image decides what runs.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+GateKind = StrEnum("GateKind", LAYER_GATE_KINDS)  # type: ignore[misc]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="A registered name (timm's own too), local-dir:FOLDER or hf-hub:ORG/NAME.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Weights = Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Trained weights, or random ones.")]
+Fraction = Annotated[
+    float | None, typer.Option("--budget-fraction", help="Hard budget: share of the dense network's MACs.")
+]
+Exit = Annotated[int | None, typer.Option("--exit", help="Leave at this exit; 0 is the first.")]
+Confidence = Annotated[
+    float | None, typer.Option("--confidence", help="Leave at the first exit that is so sure (0..1).")
+]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print what the user can act on as one line on stderr, and exit with its code."""
+    try:
+        yield
+    except CommandError as error:
+        _complain(error)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _complain(error: CommandError) -> None:
+    typer.echo(f"error: {error}", err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"timm-dynamic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What can be asked of the program itself."""
+
+
+@app.command("list", epilog=EXIT_CODES)
+def list_networks(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Wildcard such as 'ddi_resnet*', or a part of the name; default: all.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only networks with trained weights.")] = False,
+    count: Annotated[
+        bool | None,
+        typer.Option(
+            "--count/--fast",
+            help=f"Count parameters, MACs and exits, or leave them out. Default: count up to {COUNTED} networks.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the dynamic networks: base, gates, exits, size and trained weights.
+
+    GMACs are those of the dense network at its own input size.
+    """
+    with one_line_errors():
+        from . import rows
+
+        found = rows.names(pattern, pretrained)
+        counted = len(found) <= COUNTED if count is None else count
+        progress = _progress(found.items(), len(found), "counting") if counted else found.items()
+        lines = [rows.list_row(name, tags, counted) for name, tags in progress]
+        if as_json:
+            _print_json(lines)
+            return
+        tables.print_list(lines)
+        if count is None and not counted:
+            typer.echo(f"{len(lines)} networks; --count counts parameters and MACs of more than {COUNTED}", err=True)
+
+
+@app.command(epilog=EXIT_CODES)
+def profile(
+    name: Name,
+    input_size: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
+    ] = None,
+    layer_gates: Annotated[
+        GateKind | None, typer.Option(help="Layer gates in the place of the network's own, or new ones.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where a network's MACs go: unit by unit, gates and exits, the cheapest and the dearest image.
+
+    No weights are loaded: only the shapes are needed.
+    """
+    with one_line_errors():
+        from .models import load_shapes
+        from .rows import profile as compute
+
+        kind = layer_gates.value if layer_gates else None
+        row = compute(load_shapes(name, layer_gates=kind), name, input_size)
+        _print_json(row) if as_json else tables.print_profile(row)
+
+
+@app.command(epilog=EXIT_CODES)
+def predict(
+    name: Name,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.", show_default=False)],
+    budget_fraction: Fraction = None,
+    exit: Exit = None,
+    confidence: Confidence = None,
+    pretrained: Weights = True,
+    as_json: Json = False,
+) -> None:
+    """Classify images: the five likeliest classes, the units that ran, the MACs against the dense network's.
+
+    An image that cannot be read gets a line on stderr; the others are classified, and the exit code is 2.
+    """
+    with one_line_errors():
+        from . import rows
+        from .images import Preparation, class_names
+        from .models import load, restrict
+
+        model = load(name, pretrained=pretrained)
+        prepare, labels = Preparation(model), class_names(model)
+        restrict(model, prepare.input_size, budget_fraction, exit, confidence)
+        found, failed = [], 0
+        for path in images:
+            try:
+                x = prepare(path)
+            except BadInput as error:
+                failed += 1
+                _complain(error)
+                continue
+            found.append({"image": str(path), **rows.predict(model, x, labels)})
+            if not as_json:
+                tables.print_prediction(found[-1])
+        if as_json:
+            _print_json(found)
+        elif found:
+            tables.print_legend()
+        if failed:
+            raise typer.Exit(BadInput.exit_code)
+
+
+@app.command(epilog=EXIT_CODES)
+def evaluate(
+    name: Name,
+    data: Annotated[Path, typer.Option(help="Folder with a folder of images for each class, or with val/ that has.")],
+    split: Annotated[
+        str | None, typer.Option(help="Folder in --data to use. Default: val if there is one, else --data itself.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    budget_fraction: Fraction = None,
+    exit: Exit = None,
+    confidence: Confidence = None,
+    pretrained: Weights = True,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy and MACs on a folder of images.
+
+    The classes are the sorted names of the folders; images are prepared as the model's config says.
+    """
+    with one_line_errors():
+        from . import images, rows
+        from .models import load, pick_device, restrict
+
+        place = pick_device(device)
+        root = images.find_split(data, split)
+        model = load(name, pretrained=pretrained)
+        prepare = images.Preparation(model)
+        folder = images.open_folder(root, model, prepare)
+        restrict(model, prepare.input_size, budget_fraction, exit, confidence)
+        count = -(-len(folder) // batch_size)
+        loader = _progress(images.batches(folder, batch_size, workers), count, "evaluating")
+        row = {"name": name, "data": str(root), **rows.evaluate_row(model, loader, prepare.input_size, place)}
+        _print_json(row) if as_json else tables.print_evaluation(row)
+
+
+@app.command(epilog=EXIT_CODES)
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")]) -> None:
+    """Make a run's report.html again from its summary.json and metrics.jsonl."""
+    with one_line_errors():
+        from .runs import report as write
+
+        typer.echo(write(folder))
+
+
+@app.command(epilog=EXIT_CODES)
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of save_pretrained.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="org/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist; default: main.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a run's model to the Hub: weights, config and card in one commit, or none if nothing has changed.
+
+    The token is that of `hf auth login` or HF_TOKEN.
+    """
+    with one_line_errors():
+        from .runs import publish as upload
+
+        done = upload(folder, repo_id, private, revision)
+        _print_json(done) if as_json else typer.echo(f"{done['repo']} holds {folder}: {done['url']}")
+
+
+def _progress(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    """A progress bar on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total, console=Console(stderr=True), transient=True)
+
+
+def main() -> None:
+    """Run the console script."""
+    app(prog_name="timm-dynamic")

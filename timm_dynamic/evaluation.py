@@ -1,0 +1,191 @@
+"""Measuring a network: accuracy, what an image costs, how much the decisions depend on the image, and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .costs import CostTable
+from .forward import decide
+from .measure import cost_table
+from .walk import table_for
+
+Rows = dict[str, Tensor]  # per image: every value has the images of a batch as its first dimension
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network did on a set of images.
+
+    Attributes:
+        images: how many there were.
+        accuracy: share of them that was classified correctly, 0..1.
+        macs: mean MACs of an image.
+        max_macs: MACs of the dearest image.
+        dense_macs: MACs of the stock model for one image.
+        keep_ratio: mean of ``keep`` over images and layer gates; over channel groups where there are no layer gates.
+        channel_keep_ratio: mean of ``keep`` over images and channel groups; None without channel gates.
+        unit_skip: skip ratio of every layer-gated unit, by name in running order.
+        exit_shares: share of the images that left at each exit, the head last.
+        policies: number of distinct patterns of layer keeps.
+        policy_entropy: entropy of the patterns' frequencies in bits.
+        keep_variance: variance of ``keep`` between images, mean over layer gates.
+        macs_share_std: standard deviation between images of MACs as a share of the dense MACs.
+    """
+
+    images: int
+    accuracy: float
+    macs: float
+    max_macs: int
+    dense_macs: int
+    keep_ratio: float
+    channel_keep_ratio: float | None
+    unit_skip: dict[str, float]
+    exit_shares: tuple[float, ...]
+    policies: int
+    policy_entropy: float
+    keep_variance: float
+    macs_share_std: float
+
+    @property
+    def macs_share(self) -> float:
+        """Mean MACs as a share of the dense MACs."""
+        return self.macs / self.dense_macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return {**dataclasses.asdict(self), "exit_shares": list(self.exit_shares)}
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str | None = None,
+    gather: Callable[[Rows], Rows] | None = None,
+) -> Evaluation:
+    """Run a network over a loader and sum up what it did.
+
+    The model runs in eval mode, under its own execution and budget, and gets its mode back.
+
+    Args:
+        model: a dynamic network or a plain one that ``cost_table`` can count.
+        loader: batches of images [B, C, H, W] and classes [B].
+        device: where the model is; default: that of its parameters.
+        gather: collects the rows of all processes, such as ``accelerator.gather_for_metrics``.
+
+    Raises:
+        ValueError: if the loader holds no images.
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    found: list[Rows] = []
+    table: CostTable | None = None
+    try:
+        with torch.no_grad():
+            for x, y in loader:
+                x, y = x.to(device), y.to(device)
+                table = table or costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
+                rows = _rows(model, x, y, table)
+                found.append({k: v.cpu() for k, v in (gather(rows) if gather else rows).items()})
+    finally:
+        model.train(was_training)
+    if table is None:
+        raise ValueError("the loader holds no images to evaluate on")
+    return _summarise({key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table)
+
+
+def costs_of(model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
+    """The cost table of a dynamic or plain network; a dynamic one remembers it."""
+    return table_for(model, input_size) if _is_dynamic(model) else cost_table(model, input_size)
+
+
+def _is_dynamic(model: nn.Module) -> bool:
+    return hasattr(model, "dynamic")
+
+
+def _rows(model: nn.Module, x: Tensor, y: Tensor, table: CostTable) -> Rows:
+    """What happened to each image of a batch."""
+    batch = len(y)
+    if not _is_dynamic(model):
+        logits = model(x)
+        nothing = torch.zeros(batch, 0, device=x.device)
+        last = torch.full((batch,), len(table.exits) - 1, device=x.device)
+        macs = torch.full((batch,), table.dense, device=x.device)
+        return {"correct": logits.argmax(1) == y, "macs": macs, "layers": nothing, "channels": nothing, "exit": last}
+    decisions = decide(model, x)
+    channels = torch.cat(decisions.channel_keep, dim=1) if decisions.channel_keep else x.new_zeros(batch, 0)
+    return {
+        "correct": decisions.logits.argmax(1) == y,
+        "macs": decisions.macs,
+        "layers": decisions.layer_keep.float(),
+        "channels": channels.float(),
+        "exit": decisions.exit_index.contiguous(),
+    }
+
+
+def _summarise(rows: Rows, table: CostTable) -> Evaluation:
+    layers, channels, macs = rows["layers"].double(), rows["channels"].double(), rows["macs"]
+    names = [unit.name for unit in table.units if unit.skippable]
+    counts = torch.tensor([len(macs)])
+    if layers.shape[1]:
+        _, counts = torch.unique(layers, dim=0, return_counts=True)
+    frequency = counts.double() / counts.sum()
+    keep = layers if layers.shape[1] else channels
+    leaving = torch.bincount(rows["exit"], minlength=len(table.exits)).double() / len(macs)
+    return Evaluation(
+        images=len(macs),
+        accuracy=rows["correct"].double().mean().item(),
+        macs=macs.double().mean().item(),
+        max_macs=int(macs.max()),
+        dense_macs=table.dense,
+        keep_ratio=keep.mean().item() if keep.shape[1] else 1.0,
+        channel_keep_ratio=channels.mean().item() if channels.shape[1] else None,
+        unit_skip=dict(zip(names, (1 - layers.mean(0)).tolist(), strict=True)),
+        exit_shares=tuple(leaving.tolist()),
+        policies=len(counts),
+        policy_entropy=abs(-(frequency * frequency.log2()).sum().item()),
+        keep_variance=layers.var(0, correction=0).mean().item() if layers.shape[1] else 0.0,
+        macs_share_std=(macs.double() / table.dense).std(correction=0).item(),
+    )
+
+
+def latency(models: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int = 30) -> dict[str, float]:
+    """Median milliseconds of one image at batch 1, all models side by side.
+
+    In every round each model runs once on the same image, the images of ``x`` taking turns and the models changing
+    places, so that what disturbs the machine disturbs all of them.
+
+    Args:
+        models: what to time, by name.
+        x: images [N, C, H, W].
+        rounds: timed runs of each model; two more come first and are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    names = list(models)
+    with torch.inference_mode():
+        for r in range(-2, rounds):
+            image = x[r % len(x)].unsqueeze(0)
+            shift = r % len(names)
+            for name in names[shift:] + names[:shift]:
+                elapsed = _time(models[name], image)
+                if r >= 0:
+                    times[name].append(elapsed)
+    return {name: statistics.median(values) * 1000 for name, values in times.items()}
+
+
+def _time(run: Callable[[Tensor], Any], image: Tensor) -> float:
+    if image.is_cuda:
+        torch.cuda.synchronize(image.device)
+    start = time.perf_counter()
+    run(image)
+    if image.is_cuda:
+        torch.cuda.synchronize(image.device)
+    return time.perf_counter() - start
