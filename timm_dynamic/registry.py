@@ -85,9 +85,8 @@ def add_parts(
             verb(model, None if wanted is True else wanted)
     if budget is not None and budget is not False:
         config = BudgetConfig.make(budget)
-        dynamic_of(model)
-        check_budget(model, config)
-        model.dynamic.budget = config
+        dynamic = dynamic_of(model)
+        dynamic.limit, dynamic.budget = check_budget(model, config), config
     return model
 
 

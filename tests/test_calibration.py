@@ -1,0 +1,108 @@
+"""Calibration meets a mean cost, and travels with the weights."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from nets import randomise
+from torch import Tensor, nn
+
+import timm_dynamic as td
+from timm_dynamic.exits import NEVER
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def _model() -> nn.Module:
+    """Random gates whose probabilities spread over images."""
+    gates = {"init": "random"}
+    model = timm.create_model("ddi_resnet20_cifar", layer_gates=gates, channel_gates=gates).eval()
+    randomise(model)
+    with torch.no_grad():
+        model.layer_gates.fc.weight.mul_(8)
+        for head in model.exits.heads:
+            head.fc.weight.mul_(5)
+    return model
+
+
+def _images(count: int, seed: int) -> Batches:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, 32, 32, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 3
+    y = torch.randint(0, 10, (count,), generator=generator)
+    return list(zip(x.split(64), y.split(64), strict=True))
+
+
+def _share(model: nn.Module, images: Batches) -> float:
+    """Mean MACs of images as a share of the stock model's."""
+    macs = torch.cat([td.decide(model, x).macs for x, _ in images]).double()
+    return (macs.mean() / td.cost_table(model, (3, 32, 32)).dense).item()
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+def test_meets_the_target_on_other_images(fraction: float) -> None:
+    model = _model()
+    found = td.calibrate(model, _images(256, 0), fraction)
+    assert found.fraction == pytest.approx(_share(model, _images(256, 0)), abs=1e-9)
+    assert _share(model, _images(256, 1)) == pytest.approx(fraction, abs=0.02)
+
+
+def test_both_is_at_least_as_accurate_as_either_alone() -> None:
+    accuracy = {}
+    for use in ("both", "gates", "exits"):
+        model = _model()
+        model.layer_gates.threshold.fill_(0.0)  # where only exits move, gates stay open
+        try:
+            accuracy[use] = td.calibrate(model, _images(128, 0), 0.5, use=use).accuracy
+        except ValueError:
+            accuracy[use] = 0.0
+    assert accuracy["both"] >= max(accuracy["gates"], accuracy["exits"]) > 0
+
+
+def test_is_saved_with_the_weights() -> None:
+    model = _model()
+    other = copy.deepcopy(model)
+    td.calibrate(model, _images(128, 0), 0.3)
+    assert model.exits.calibrated
+    assert not other.exits.calibrated
+    x = _images(64, 2)[0][0]
+    assert not torch.equal(td.decide(model, x).macs, td.decide(other, x).macs)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(td.decide(model, x).macs, td.decide(other, x).macs)
+    assert torch.equal(model(x), other(x))
+
+
+def test_a_budget_outranks_calibrated_exits() -> None:
+    model = _model()
+    model.exits.set_confidence([0.0, 0.0])
+    x = torch.randn(4, 3, 32, 32)
+    assert td.decide(model, x).exit_index.tolist() == [0] * 4
+    td.set_budget(model, exit=2)
+    assert td.decide(model, x).exit_index.tolist() == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ([], {}, "at least 50 images; found 0"),
+        (_images(20, 0), {}, "at least 50 images; found 20"),
+        (_images(64, 0), {"fraction": 3.0}, r"wanted a fraction in 0\.\d+\.\."),
+        (_images(64, 0), {"fraction": -1}, "above 0; found -1"),
+        (_images(64, 0), {"use": "neither"}, "'neither'"),
+    ],
+)
+def test_what_cannot_be_met_changes_nothing(images: Batches, options: dict, message: str) -> None:
+    model = _model().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        td.calibrate(model, images, **options)
+    assert model.training
+    assert model.exits.levels == (NEVER, NEVER)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_needs_the_parts_that_it_moves() -> None:
+    with pytest.raises(ValueError, match="a dynamic model is needed"):
+        td.calibrate(timm.create_model("resnet20_cifar"), _images(64, 0))
+    with pytest.raises(ValueError, match="such parts; found none"):
+        td.calibrate(timm.create_model("skipnet_resnet20_cifar"), _images(64, 0), use="exits")

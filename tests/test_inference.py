@@ -1,0 +1,57 @@
+"""The optimised copy makes the same decisions."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from nets import randomise
+from torch import nn
+
+import timm_dynamic as td
+
+NAMES = ["ddi_resnet20_cifar", "ddi_densenet100_cifar", "skipnet_resnet18", "iadi_resnet26d", "skipnet_resnet26t"]
+
+
+def _model(name: str) -> nn.Module:
+    small = {"block_config": (3, 2, 2)} if "densenet" in name else {}
+    model = timm.create_model(name, num_classes=10, layer_gates={"init": "random"}, **small).eval()
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_decisions_same_logits_same_macs(name: str) -> None:
+    model = _model(name)
+    before = copy.deepcopy(model.state_dict())
+    fast = td.optimize_for_inference(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    x = torch.randn(8, 3, 48, 48)
+    for keep in (None, torch.rand(8, len(model.layer_gates)) < 0.5):
+        with torch.no_grad(), td.force(model, layer_keep=keep), td.force(fast, layer_keep=keep):
+            wanted, found = td.decide(model, x), td.decide(fast, x)
+        assert torch.equal(wanted.layer_keep, found.layer_keep)
+        assert torch.equal(wanted.macs, found.macs)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4 * wanted.logits.abs().max().item())
+
+
+def test_what_is_folded() -> None:
+    fast = td.optimize_for_inference(_model("ddi_resnet20_cifar"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert fast.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_budgets_and_calibration_come_along() -> None:
+    model = _model("ddi_resnet20_cifar")
+    model.layer_gates.threshold.fill_(0.45)
+    td.set_budget(model, fraction=0.5)
+    fast = td.optimize_for_inference(model)
+    x = torch.randn(8, 3, 32, 32)
+    assert torch.equal(td.decide(model, x).exit_index, td.decide(fast, x).exit_index)
+    assert torch.equal(td.decide(model, x).layer_keep, td.decide(fast, x).layer_keep)
+
+
+def test_a_stock_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="a dynamic model is needed"):
+        td.optimize_for_inference(timm.create_model("resnet18"))
