@@ -88,12 +88,17 @@ def test_sizes_agree_with_the_papers() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_registered_with_cifar_defaults(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
-    assert cfg.num_classes == 10 and cfg.input_size == (3, 32, 32) and cfg.pool_size == (8, 8)
-    assert cfg.crop_pct == 1.0 and not cfg.has_weights
-    assert timm.is_model(name) and name in timm.list_models(module="cifar")
+    assert cfg.num_classes == 10
+    assert cfg.input_size == (3, 32, 32)
+    assert cfg.pool_size == (8, 8)
+    assert cfg.crop_pct == 1.0
+    assert not cfg.has_weights
+    assert timm.is_model(name)
+    assert name in timm.list_models(module="cifar")
     model = timm.create_model(name, device="meta")
     parameters = dict(model.named_parameters())
-    assert f"{cfg.first_conv}.weight" in parameters and f"{cfg.classifier}.weight" in parameters
+    assert f"{cfg.first_conv}.weight" in parameters
+    assert f"{cfg.classifier}.weight" in parameters
     assert model.num_classes == 10
 
 
@@ -172,7 +177,8 @@ def test_prune_keeps_the_head_when_asked(model: nn.Module, images: torch.Tensor)
 
 def test_reset_classifier(model: nn.Module, images: torch.Tensor) -> None:
     model.reset_classifier(7)
-    assert model(images).shape == (2, 7) and model.num_classes == 7
+    assert model(images).shape == (2, 7)
+    assert model.num_classes == 7
     model.reset_classifier(0, "")
     assert model(images).shape == (2, model.num_features, 8, 8)
 
@@ -219,7 +225,9 @@ def test_drop_path_rate_grows_to_the_last_block() -> None:
         for stage in range(1, 4)
         for block in model.get_submodule(f"layer{stage}")
     ]
-    assert rates[0] == 0.0 and rates[-1] == pytest.approx(0.2) and rates == sorted(rates)
+    assert rates[0] == 0.0
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates == sorted(rates)
 
 
 def test_output_stride() -> None:

@@ -40,7 +40,6 @@ def model_card(model: nn.Module, name: str, base: str, source: str, metrics: Map
     """
     metrics = dict(metrics or {})
     title = source.rsplit("/", 1)[-1] if source.startswith("hf-hub:") else name
-    table = cost_table(model, default_input_size(model)) if hasattr(model, "dynamic") else None
     dataset = _dataset(model, metrics)
     rows = list(_rows(metrics))
     card = ModelCard.from_template(
@@ -50,12 +49,12 @@ def model_card(model: nn.Module, name: str, base: str, source: str, metrics: Map
         base=base,
         source=source,
         mark=MARK,
-        dynamic=table is not None,
+        dynamic=hasattr(model, "dynamic"),
         training=metrics.get("training") or "How these weights were trained was not recorded.",
         measured_on=f"Measured on {dataset[0]}." if dataset else "",
         results=[_shown(row, metrics) for row in rows],
         others=[{"name": name, "value": _plain(value)} for name, value in metrics.items() if _is_other(name, value)],
-        **_described(model, base, table),
+        **_described(model, base),
     )
     return str(card)
 
@@ -159,11 +158,22 @@ def _macs(value: Any) -> str:
     return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.2f} M"
 
 
-def _described(model: Any, base: str, table: CostTable | None) -> dict[str, Any]:
+def _table(model: nn.Module) -> CostTable | None:
+    """What a model costs; None for a plain one of another family."""
+    try:
+        return cost_table(model, default_input_size(model))
+    except ValueError:
+        if hasattr(model, "dynamic"):
+            raise
+        return None
+
+
+def _described(model: Any, base: str) -> dict[str, Any]:
     """What the card says of the network itself."""
+    table, dynamic = _table(model), hasattr(model, "dynamic")
     layer, channel = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
     exits = getattr(model, "exits", None)
-    budget = model.dynamic.budget if table is not None else None
+    budget = model.dynamic.budget if dynamic else None
     parts = []
     if layer is not None:
         parts.append(f"layer gates of kind `{layer.config.kind}`: each image decides which units run")
@@ -174,7 +184,7 @@ def _described(model: Any, base: str, table: CostTable | None) -> dict[str, Any]
     if budget is not None:
         given = {key: value for key, value in budget.to_dict().items() if value is not None}
         parts.append("a budget that is set when it is loaded: " + ", ".join(f"{k} = {v}" for k, v in given.items()))
-    stops = [] if table is None else table.exits
+    stops = table.exits if table is not None and dynamic else ()
     ways = [f"MACs, {'the whole way' if stop.name == 'head' else f'leaving after `{stop.name}`'}" for stop in stops]
     return {
         "summary": f"`{base}`, made so that it leaves work out where an image does not need it."

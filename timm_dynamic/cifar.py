@@ -17,6 +17,8 @@ from timm.models.densenet import DenseNet
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
+from .safety import check_saved_model
+
 __all__ = ["CifarDenseNet", "CifarResNet"]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -183,7 +185,7 @@ def _cfg(first_conv: str, classifier: str, paper: str) -> dict[str, Any]:
         "first_conv": first_conv,
         "classifier": classifier,
         "paper_ids": paper,
-        "license": "apache-2.0",
+        "license": "mit",
     }
 
 
@@ -194,12 +196,18 @@ _cfgs: dict[str, Any] = {f"resnet{depth}_cifar": _resnet_cfg() for depth in (20,
 default_cfgs = generate_default_cfgs({**_cfgs, "densenet100_cifar": _densenet_cfg()})
 
 
+def _build(cls: type, name: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """Build a network the way timm does, with its four feature levels."""
+    kwargs = check_saved_model(name, pretrained, kwargs)
+    feature_cfg = {"flatten_sequential": cls is CifarDenseNet, "out_indices": (0, 1, 2, 3)}
+    return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **{**model_args, **kwargs})
+
+
 def _resnet(depth: int, pretrained: bool, **kwargs: Any) -> CifarResNet:
     """Build the ResNet of `depth` = 6n+2 layers."""
-    blocks = (depth - 2) // 6
-    model_args = {"layers": (blocks,) * 3, **kwargs}
-    feature_cfg = {"out_indices": (0, 1, 2, 3)}
-    return build_model_with_cfg(CifarResNet, f"resnet{depth}_cifar", pretrained, feature_cfg=feature_cfg, **model_args)
+    layers = ((depth - 2) // 6,) * 3
+    model: CifarResNet = _build(CifarResNet, f"resnet{depth}_cifar", pretrained, {"layers": layers}, kwargs)
+    return model
 
 
 @register_model
@@ -241,6 +249,6 @@ def resnet152_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 @register_model
 def densenet100_cifar(pretrained: bool = False, **kwargs: Any) -> CifarDenseNet:
     """DenseNet-BC-100 for CIFAR: growth 12, 16 dense layers in each block."""
-    model_args = {"growth_rate": 12, "block_config": (16, 16, 16), **kwargs}
-    feature_cfg = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}
-    return build_model_with_cfg(CifarDenseNet, "densenet100_cifar", pretrained, feature_cfg=feature_cfg, **model_args)
+    model_args = {"growth_rate": 12, "block_config": (16, 16, 16)}
+    model: CifarDenseNet = _build(CifarDenseNet, "densenet100_cifar", pretrained, model_args, kwargs)
+    return model

@@ -1,0 +1,155 @@
+"""Evaluation against sums made by hand, and interleaved timing."""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_dynamic as td
+from timm_dynamic.evaluation import Evaluation, evaluate, latency
+
+SIZE = (3, 32, 32)
+IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A network whose gates disagree between images."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet20_cifar", num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.2)
+    td.add_layer_gates(model, td.LayerGateConfig(kind="linear", init="random"))
+    td.add_channel_gates(model, td.ChannelGateConfig(init="random"))
+    td.add_exits(model)
+    x, _ = images()
+    with torch.no_grad():
+        probs = td.decide(model.eval(), x).layer_prob
+        for gate, prob in zip(model.layer_gates.gates, probs.median(0).values, strict=True):
+            gate.fc.bias -= torch.logit(prob)  # each gate near its own median
+    return model
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(IMAGES, 1, 1, 1, generator=generator) * 2
+    return torch.randn(IMAGES, *SIZE, generator=generator) * scale, torch.arange(IMAGES) % 10
+
+
+def loader(batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(*(part.split(batch_size) for part in images()), strict=True))
+
+
+def test_evaluation_equals_a_count_by_hand(model: nn.Module) -> None:
+    found = evaluate(model, loader(16))
+    x, y = images()
+    singles = [td.decide(model, image[None]) for image in x]
+    correct = [int(one.logits.argmax()) == int(label) for one, label in zip(singles, y, strict=True)]
+    macs = [int(one.macs) for one in singles]
+    keeps = [tuple(one.layer_keep[0].tolist()) for one in singles]
+    dense = td.cost_table(model, SIZE).dense
+    policies = Counter(keeps)
+    assert len(policies) > 3, "the fixture must decide differently"
+    assert found.images == IMAGES
+    assert found.accuracy == pytest.approx(sum(correct) / IMAGES)
+    assert found.macs == pytest.approx(sum(macs) / IMAGES)
+    assert found.max_macs == max(macs)
+    assert found.dense_macs == dense
+    assert found.keep_ratio == pytest.approx(sum(map(sum, keeps)) / (IMAGES * len(keeps[0])))
+    assert found.policies == len(policies)
+    entropy = -sum(n / IMAGES * math.log2(n / IMAGES) for n in policies.values())
+    assert found.policy_entropy == pytest.approx(entropy)
+    rates = [sum(unit) / IMAGES for unit in zip(*keeps, strict=True)]
+    assert found.keep_variance == pytest.approx(sum(p * (1 - p) for p in rates) / len(rates))
+    assert list(found.unit_skip.values()) == pytest.approx([1 - p for p in rates])
+    assert list(found.unit_skip) == [unit.name for unit in td.cost_table(model, SIZE).units[1:]]
+    mean = sum(macs) / IMAGES
+    assert found.macs_share_std == pytest.approx(math.sqrt(sum((m - mean) ** 2 for m in macs) / IMAGES) / dense)
+    assert found.exit_shares == (0.0, 0.0, 1.0)
+
+
+def test_batches_do_not_matter(model: nn.Module) -> None:
+    assert evaluate(model, loader(7)) == evaluate(model, loader(IMAGES))
+
+
+def test_a_budget_shows_in_the_exits(model: nn.Module) -> None:
+    exits = td.cost_table(model, SIZE).exits
+    budget = (exits[0].dearest + exits[1].dearest) // 2
+    td.set_budget(model, macs=budget)
+    try:
+        found = evaluate(model, loader(16))
+    finally:
+        td.set_budget(model)
+    assert found.max_macs <= budget
+    assert sum(found.exit_shares) == pytest.approx(1.0)
+    assert found.exit_shares[-1] < 1
+
+
+def test_mode_is_given_back(model: nn.Module) -> None:
+    model.train()
+    try:
+        evaluate(model, loader(16))
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_a_plain_model() -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet20_cifar", num_classes=10).eval()
+    found = evaluate(plain, loader(16))
+    x, y = images()
+    assert found.accuracy == pytest.approx((plain(x).argmax(1) == y).double().mean().item())
+    assert found.macs == found.max_macs == found.dense_macs == td.cost_table(plain, SIZE).dense
+    assert (found.keep_ratio, found.channel_keep_ratio, found.policies) == (1.0, None, 1)
+    assert (found.policy_entropy, found.keep_variance, found.macs_share_std) == (0.0, 0.0, 0.0)
+
+
+def test_gather_is_applied_to_rows(model: nn.Module) -> None:
+    def gather(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([value, value]) for name, value in rows.items()}
+
+    assert evaluate(model, loader(16), gather=gather).images == 2 * IMAGES
+
+
+def test_to_dict_is_json(model: nn.Module) -> None:
+    found = evaluate(model, loader(16))
+    again = json.loads(json.dumps(found.to_dict()))
+    assert Evaluation(**{**again, "exit_shares": tuple(again["exit_shares"])}) == found
+
+
+def test_an_empty_loader(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(model, [])
+
+
+def test_latency_interleaves_and_takes_medians() -> None:
+    calls: list[tuple[str, float]] = []
+
+    def model_called(name: str, seconds: float) -> Callable[[torch.Tensor], None]:
+        def run(x: torch.Tensor) -> None:
+            assert x.shape == (1, 3, 4, 4)
+            calls.append((name, x.sum().item()))
+            time.sleep(seconds)
+
+        return run
+
+    x = torch.arange(3.0)[:, None, None, None].expand(3, 3, 4, 4)
+    found = latency({"slow": model_called("slow", 0.01), "fast": model_called("fast", 0.001)}, x, rounds=6)
+    assert found["slow"] > 5
+    assert found["fast"] < found["slow"] / 2
+    rounds = [calls[i : i + 2] for i in range(0, len(calls), 2)]
+    assert len(rounds) == 6 + 2
+    for first, second in rounds:
+        assert {first[0], second[0]} == {"slow", "fast"}, "both in every round"
+        assert first[1] == second[1], "on the same image"
+    assert len({image for _, image in calls}) == 3
+    assert len({first[0] for first, _ in rounds}) == 2, "neither is always first"

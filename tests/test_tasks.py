@@ -1,0 +1,158 @@
+"""Tasks: what is optimised, what stands still, and how alpha is steered."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import timm_dynamic as td
+from timm_dynamic.tasks import BaseTask, DynamicTask, WarmupTask
+
+SIZE = (3, 32, 32)
+
+
+def random_norms(model: nn.Module) -> nn.Module:
+    """A fresh timm block is the identity: give its batch norms something to do."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def network(exits: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = random_norms(timm.create_model("resnet20_cifar", num_classes=10))
+    td.add_layer_gates(model, td.LayerGateConfig(kind="rnn", init="random"))
+    td.add_channel_gates(model, td.ChannelGateConfig(init="random"))
+    return td.add_exits(model) if exits else model
+
+
+def batch(images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(images, *SIZE, generator=generator), torch.randint(10, (images,), generator=generator)
+
+
+def test_base_task_is_cross_entropy() -> None:
+    model = random_norms(timm.create_model("resnet20_cifar", num_classes=10)).eval()
+    x, y = batch()
+    found = BaseTask(model)(x, y)
+    assert torch.equal(found["loss"], F.cross_entropy(model(x), y))
+    assert found["accuracy"].item() == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+
+
+def test_warmup_opens_the_gates_and_leaves_the_base_as_it_is() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in ("layer_gates", "channel_gates"))
+    task = WarmupTask(model).train()
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    x, y = batch()
+    shut = []
+    for _ in range(30):
+        found = task(x, y)
+        shut.append(found["loss"].item())
+        found["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert shut[0] > 5
+    assert shut[-1] == 0
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != (name in learned), name
+
+
+def test_warmup_keeps_its_modes_however_often_train_is_called() -> None:
+    task = WarmupTask(network())
+    task.train().eval()
+    task.train()
+    assert task.model.training
+    assert task.model.layer_gates.training
+    assert not any(module.training for module in task.model.layer1.modules())
+    assert not task.model.bn1.training
+
+
+def test_warmup_needs_gates() -> None:
+    with pytest.raises(ValueError, match="the model has none"):
+        WarmupTask(timm.create_model("resnet20_cifar"))
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_dynamic_loss_is_cross_entropies_plus_cost(exits: bool) -> None:
+    model = network(exits).train()
+    x, y = batch()
+    dense = td.cost_table(model, SIZE).dense
+    task = DynamicTask(model, dense, steps=10, alpha=0.7, exit_weighting="linear").train()
+    twin = copy.deepcopy(model)
+    found = task(x, y)
+    decisions = td.decide(twin, x)
+    count = len(decisions.exit_logits)
+    wanted = sum((k + 1) / count * F.cross_entropy(z, y) for k, z in enumerate(decisions.exit_logits))
+    wanted = wanted + 0.7 * decisions.cost.mean() / dense
+    assert count == (3 if exits else 1)
+    torch.testing.assert_close(found["loss"], wanted)
+    assert found["macs_share"].item() == pytest.approx(decisions.macs.double().mean().item() / dense, rel=1e-5)
+    found["loss"].backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def test_the_cost_pulls_gates_shut() -> None:
+    model = network().train()
+    x, y = batch()
+    dense = td.cost_table(model, SIZE).dense
+    gradients = []
+    for alpha in (0.0, 10.0):
+        model.zero_grad()
+        DynamicTask(model, dense, steps=1, alpha=alpha)(x, y)["loss"].backward()
+        gradients.append(model.layer_gates.fc.bias.grad.clone())
+    assert gradients[1] > gradients[0]  # descent lowers the bias, which shuts gates
+
+
+def test_alpha_follows_the_distance_from_a_falling_target() -> None:
+    model = network().train()
+    x, y = batch()
+    dense = td.cost_table(model, SIZE).dense
+    task = DynamicTask(model, dense, steps=4, target=0.2, rate=0.5, stiffness=2.0).train()
+    wanted = 0.0
+    for target in (1.0, 0.6, 0.2, 0.2):  # falls during the first half
+        found = task(x, y)
+        share = found["macs_share"].item()
+        assert found["alpha"].item() == pytest.approx(wanted + 2.0 * (share - target), abs=1e-5)
+        wanted += 0.5 * (share - target)
+        assert task.alpha.item() == pytest.approx(wanted, abs=1e-5)
+    assert {"alpha", "seen"} <= set(task.state_dict())
+    task.eval()
+    task(x, y)
+    assert task.alpha.item() == pytest.approx(wanted, abs=1e-5), "evaluation must not steer"
+
+
+def test_dynamic_task_wants_alpha_or_a_target() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        DynamicTask(network(), 1, 1, alpha=1.0, target=0.5)
+    with pytest.raises(ValueError, match=r"in \(0, 1\], found 1.5"):
+        DynamicTask(network(), 1, 1, target=1.5)
+
+
+def test_steering_meets_the_target() -> None:
+    """A model of one knob: what steering does without the noise of a network."""
+    knob = torch.nn.Parameter(torch.tensor(3.0))
+    task = DynamicTask(nn.Identity(), 1, steps=400, target=0.5)
+    task.train()
+    optimizer = torch.optim.SGD([knob], lr=0.5)
+    shares = []
+    for _ in range(400):
+        share = torch.sigmoid(knob)  # a cost that accuracy pulls up: its gain is 0.3 per unit of share
+        weight = task._cost_weight(share.detach())
+        (weight * share - 0.3 * share).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        shares.append(share.item())
+    assert min(shares) > 0.45, "overshoot"
+    assert sum(shares[-50:]) / 50 == pytest.approx(0.5, abs=0.02)
+    assert task.alpha.item() == pytest.approx(0.3, abs=0.1)

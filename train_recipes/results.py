@@ -1,0 +1,220 @@
+"""The network of a run at its beginning, and what is measured, printed and written at its end."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import timm_dynamic as td
+from data import LARGEST_IN_MEMORY, Data
+from options import Settings
+from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
+from timm_dynamic.evaluation import Evaluation, costs_of, evaluate, latency
+from timm_dynamic.hub import save_pretrained
+from timm_dynamic.report import write_report
+
+TIMED_IMAGES = 20
+ROUNDS = 60
+
+# The network at the beginning ----------------------------------------------------------------------------------------
+
+
+def image_size(settings: Settings) -> int:
+    """Pixels a side that the images are to have."""
+    if settings.image_size:
+        return settings.image_size
+    if settings.dataset != "folder":
+        return 32
+    cfg = timm.get_pretrained_cfg(settings.base_model)
+    return cfg.input_size[-1] if cfg is not None else 224
+
+
+def base_model(settings: Settings, data: Data) -> nn.Module:
+    """The stock network: fresh, or with the trained weights that were asked for."""
+    name, base = settings.base_model, settings.base
+    pretrained = base is not None and not Path(base).exists()
+    if base is not None and pretrained and (not timm.is_model(base) or base.split(".")[0] != name.split(".")[0]):
+        raise RunError(f"--base {base} is neither a file or folder nor a pretrained {name}")
+    overlay = {"input_size": data.input_size, "mean": data.mean, "std": data.std, "num_classes": len(data.classes)}
+    if data.input_size[-1] <= LARGEST_IN_MEMORY:
+        overlay |= {"crop_pct": 1.0, "interpolation": "bilinear"}
+    try:
+        model = timm.create_model(
+            base if pretrained else name,
+            pretrained=pretrained,
+            num_classes=len(data.classes),
+            pretrained_cfg_overlay=None if pretrained else overlay,
+        )
+    except RuntimeError as error:
+        raise RunError(f"--model {settings.model}: {error}") from error
+    if pretrained:
+        model.pretrained_cfg.update(overlay)
+    elif base is not None:
+        path = Path(base)
+        load_weights(model, path / "model.safetensors" if path.is_dir() else path)
+    try:
+        td.cost_table(model, data.input_size)
+    except ValueError as error:
+        raise RunError(f"--model {settings.model}: {error}") from error
+    return model
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def measure(accelerator: Accelerator, model: nn.Module, loader: Any) -> Evaluation:
+    """Evaluate over all processes."""
+    return evaluate(model, loader, accelerator.device, gather=accelerator.gather_for_metrics)
+
+
+Restrictions = dict[str, dict[str, Any]]
+
+
+def restrictions(model: nn.Module, input_size: tuple[int, int, int]) -> Restrictions:
+    """Every exit and three hard budgets, as arguments of `set_budget` by name; none for a network without exits.
+
+    The budgets are the smallest possible, and one and two thirds of the way from there to the dearest image.
+    """
+    exits = costs_of(model, input_size).exits
+    if len(exits) < 2:
+        return {}
+    low, high = exits[0].dearest, exits[-1].dearest
+    found: Restrictions = {f"exit {k}": {"exit": k} for k in range(len(exits))}
+    for third in range(3):
+        macs = low + (high - low) * third // 3
+        found[f"budget {macs / 1e6:.2f} M"] = {"macs": macs}
+    return found
+
+
+def measure_restricted(
+    accelerator: Accelerator, model: nn.Module, loader: Any, chosen: Restrictions
+) -> dict[str, Evaluation]:
+    """Evaluate under each of some restrictions, and lift them again."""
+    found = {}
+    for name, budget in chosen.items():
+        td.set_budget(model, **budget)
+        found[name] = measure(accelerator, model, loader)
+        td.set_budget(model)
+    return found
+
+
+def by_exit(
+    accelerator: Accelerator, model: nn.Module, loader: Any, input_size: tuple[int, int, int]
+) -> list[dict[str, Any]]:
+    """Accuracy and cost of every exit, if there are any but the head."""
+    chosen = {name: value for name, value in restrictions(model, input_size).items() if "exit" in value}
+    found = measure_restricted(accelerator, model, loader, chosen)
+    return [_short({"exit": k}, one) for k, one in enumerate(found.values())]
+
+
+def time_all(model: nn.Module, loader: Any, chosen: Restrictions) -> dict[str, float]:
+    """Milliseconds an image at batch 1 of every row of the table, side by side."""
+    timed = {"dense": copy.deepcopy(model).eval()}
+    if hasattr(model, "dynamic"):
+        td.strip(timed["dense"])
+        timed["dynamic"] = model.eval()
+    for name, budget in chosen.items():
+        timed[name] = td.set_budget(copy.deepcopy(model).eval(), **budget)
+    x: Tensor = next(iter(loader))[0][:TIMED_IMAGES]
+    return latency({**timed}, x.contiguous(memory_format=torch.channels_last), rounds=ROUNDS)
+
+
+# The end of a run ----------------------------------------------------------------------------------------------------
+
+
+def finish(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Any,
+    data: Data,
+    settings: Settings,
+    folder: RunFolder,
+    dense: dict[str, Any],
+) -> None:
+    """Measure the trained network, print the table and write what the run leaves behind."""
+    if hasattr(model, "dynamic"):
+        td.set_execution(model, "skip")
+    chosen = restrictions(model, data.input_size)
+    found = {"dynamic": measure(accelerator, model, loader)}
+    found |= measure_restricted(accelerator, model, loader, chosen)
+    if accelerator.is_main_process:
+        summary = summarise(dense, found, chosen, time_all(model, loader, chosen), settings)
+        summary["units"] = _units(model, data, found["dynamic"])
+        kept = ("dense", "dynamic", "exits", "budgets", "dataset")
+        save_pretrained(model, folder.root, metrics={key: summary[key] for key in kept})
+        write_json(folder.root / SUMMARY, summary)
+        write_report(folder.root)
+        print_table(summary)
+        Console().print(f"{folder.root} holds model.safetensors, summary.json and report.html", soft_wrap=True)
+    accelerator.wait_for_everyone()
+
+
+def summarise(
+    dense: dict[str, Any],
+    found: dict[str, Evaluation],
+    chosen: Restrictions,
+    times: dict[str, float],
+    settings: Settings,
+) -> dict[str, Any]:
+    """What summary.json holds; ``table`` has a row for everything that was measured."""
+    dynamic = found["dynamic"]
+    rows = [{"name": "dense", **dense, "max_macs": dense["macs"], "keep_ratio": 1.0, "ms": times["dense"]}]
+    for name, one in found.items():
+        if name in times:
+            row = {"name": name, "accuracy": one.accuracy, "macs": one.macs, "max_macs": one.max_macs}
+            rows.append({**row, "keep_ratio": one.keep_ratio, "ms": times[name]})
+    return {
+        "dense": dense,
+        "dynamic": {**_short({}, dynamic), "keep_ratio": dynamic.keep_ratio},
+        "exits": [_short(value, found[name]) for name, value in chosen.items() if "exit" in value],
+        "budgets": [
+            _short({"budget": value["macs"]}, found[name]) for name, value in chosen.items() if "macs" in value
+        ],
+        "recipe": settings.recipe,
+        "model": settings.model,
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "table": rows,
+        "decisions": dynamic.to_dict(),
+    }
+
+
+def _short(first: dict[str, Any], found: Evaluation) -> dict[str, Any]:
+    return {**first, "accuracy": found.accuracy, "macs": found.macs, "max_macs": found.max_macs}
+
+
+def _units(model: nn.Module, data: Data, found: Evaluation) -> list[dict[str, Any]]:
+    """Skip ratio of every unit, None where it has no layer gate."""
+    return [
+        {"name": unit.name, "stage": unit.stage, "skip_ratio": found.unit_skip.get(unit.name)}
+        for unit in costs_of(model, data.input_size).units
+    ]
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """Print the rows of a summary."""
+    table = Table(title=f"{summary['model']} on {summary['dataset']}")
+    table.add_column("network", no_wrap=True)
+    for name in ("accuracy", "mean MACs", "of dense", "largest MACs", "keep ratio", "ms/image", "of dense"):
+        table.add_column(name, justify="right")
+    dense = summary["table"][0]
+    for row in summary["table"]:
+        table.add_row(
+            row["name"],
+            f"{100 * row['accuracy']:.2f} %",
+            f"{row['macs'] / 1e6:.2f} M",
+            f"{100 * row['macs'] / dense['macs']:.1f} %",
+            f"{row['max_macs'] / 1e6:.2f} M",
+            f"{row['keep_ratio']:.3f}",
+            f"{row['ms']:.2f}",
+            f"{100 * row['ms'] / dense['ms']:.0f} %",
+        )
+    Console().print(table)
