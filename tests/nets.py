@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import timm
-import timm_dynamic as td
 import torch
 import torchvision
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet as tv_resnet
+
+import timm_dynamic as td
 
 CLASSES = 10
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)

@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-import timm_dynamic as td
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from timm_dynamic.costs import CostTable
-from timm_dynamic.walk import table_for
-from torch import Tensor, nn
-
 from nets import (
     FEW,
     assert_near,
@@ -30,6 +25,11 @@ from nets import (
     stock,
     undecided,
 )
+from torch import Tensor, nn
+
+import timm_dynamic as td
+from timm_dynamic.costs import CostTable
+from timm_dynamic.walk import table_for
 
 SIZE = 40
 SMALL = (3, SIZE, SIZE)

@@ -4,12 +4,7 @@ from typing import Any
 
 import pytest
 import timm
-import timm_dynamic as td
 import torch
-from timm_dynamic.costs import CostTable, UnitCost
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from nets import (
     FEW,
     KINDS,
@@ -28,6 +23,11 @@ from nets import (
     stock,
     undecided,
 )
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_dynamic as td
+from timm_dynamic.costs import CostTable, UnitCost
 
 SMALL = (3, 40, 40)
 

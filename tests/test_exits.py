@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import timm
-import timm_dynamic as td
 import torch
 import torch.nn.functional as F
-from timm_dynamic.exits import ExitHead, confident
+from nets import CLASSES, assert_near, dynamic, images, randomise, stock
 from torch import Tensor, nn
 
-from nets import CLASSES, assert_near, dynamic, images, randomise, stock
+import timm_dynamic as td
+from timm_dynamic.exits import ExitHead, confident
 
 
 def by_hand(head: ExitHead, x: Tensor, normalise: bool) -> Tensor:

@@ -9,15 +9,15 @@ from unittest import mock
 
 import pytest
 import timm
-import timm_dynamic as td
 import torch
 import torchvision
+from nets import assert_near, decide, images, masked, mixed, randomise, run
 from torch import Tensor, nn
 from torchvision.models import _api as torchvision_api
 from torchvision.models import densenet as tv_densenet
 from torchvision.models import resnet as tv_resnet
 
-from nets import assert_near, decide, images, masked, mixed, randomise, run
+import timm_dynamic as td
 
 RESNETS = timm.list_models(module="resnet")
 DENSENETS = timm.list_models(module="densenet")

@@ -3,13 +3,8 @@
 from typing import Any
 
 import pytest
-import timm_dynamic as td
 import torch
 import torch.nn.functional as F
-from timm_dynamic.forward import features
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from nets import (
     ALL,
     CLASSES,
@@ -33,6 +28,11 @@ from nets import (
     undecided,
     units_of,
 )
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_dynamic as td
+from timm_dynamic.forward import features
 
 SMALL = (3, 40, 40)
 

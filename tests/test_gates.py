@@ -3,11 +3,14 @@
 from typing import Any
 
 import pytest
-import timm_dynamic as td
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import LAYER_KINDS, MODES, assert_near, decide, dynamic, images, randomise, stock, undecided
+from torch import Tensor, nn
+
+import timm_dynamic as td
 from timm_dynamic.gates import (
     GateSite,
     gate_width,
@@ -16,9 +19,6 @@ from timm_dynamic.gates import (
     straight_through,
     widen,
 )
-from torch import Tensor, nn
-
-from nets import LAYER_KINDS, MODES, assert_near, decide, dynamic, images, randomise, stock, undecided
 
 
 def site(channels: int = 8, body: float | None = None, grows: bool = False, name: str = "layer1.1") -> GateSite:

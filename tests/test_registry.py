@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import timm
-import timm_dynamic as td
 import torch
 import torchvision
+from nets import decide, images, randomise
 from safetensors.torch import save_file
 from timm.models.resnet import default_cfgs as resnet_cfgs
-from timm_dynamic import registry
 from torch import nn
 from torchvision.models import _api as torchvision_api
 from torchvision.models import densenet as tv_densenet
 from torchvision.models import resnet as tv_resnet
 
-from nets import decide, images, randomise
+import timm_dynamic as td
+from timm_dynamic import registry
 
 PREFIXES = ["skipnet", "iadi", "ddi"]
 CIFAR = [f"resnet{depth}_cifar" for depth in (20, 32, 38, 74, 110, 152)] + ["densenet100_cifar"]

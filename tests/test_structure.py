@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import timm_dynamic as td
 
 PACKAGE = Path(td.__file__).parent

@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 import timm
-import timm_dynamic as td
 import torch
 import torchvision
-from torch import Tensor, nn
-
 from nets import (
     ALL,
     CLASSES,
@@ -35,6 +32,9 @@ from nets import (
     undecided,
     units_of,
 )
+from torch import Tensor, nn
+
+import timm_dynamic as td
 
 SMALL = (3, 40, 40)
 ORDERS = list(itertools.permutations(ALL))

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm_dynamic as td
 import torch
 import torch.nn.functional as F
+from nets import KINDS, MODES, assert_near, dynamic, images, masked, mixed, randomise, stock
 from timm.layers import BlurPool2d
-from timm_dynamic import families, units
 from torch import Tensor, nn
 
-from nets import KINDS, MODES, assert_near, dynamic, images, masked, mixed, randomise, stock
+import timm_dynamic as td
+from timm_dynamic import families, units
 
 
 def normed(x: Tensor, n: Any) -> Tensor:

@@ -7,7 +7,7 @@ import options as opt
 from loop import run
 from stages import Stage, base_task
 
-STAGES = (Stage("base", base_task, epochs=20, lr=0.1),)
+STAGES = (Stage("base", base_task, epochs=12, lr=0.1),)
 
 
 def main(
@@ -20,7 +20,7 @@ def main(
     download: opt.Download = False,
     image_size: opt.ImageSize = None,
     seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 64,
+    batch_size: opt.BatchSize = 32,
     accumulate: opt.Accumulate = 1,
     precision: opt.Precision = "auto",
     epochs_scale: opt.EpochsScale = 1.0,

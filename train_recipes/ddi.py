@@ -8,7 +8,7 @@ from loop import run
 from stages import Stage, add_all_gates, add_exits, base_task, dynamic_task, warmup_task
 
 STAGES = (
-    Stage("base", base_task, epochs=20, lr=0.1),
+    Stage("base", base_task, epochs=12, lr=0.1),
     Stage("warmup", warmup_task, surgery=add_all_gates, trains="gates", epochs=1, lr=0.1),
     Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.1),
     Stage("ddi", dynamic_task, surgery=add_exits, epochs=12, lr=0.05, gate_lr=0.1),
@@ -29,7 +29,7 @@ def main(
     gate: opt.Gate = "rnn",
     alpha: opt.Alpha = None,
     target: opt.Target = None,
-    batch_size: opt.BatchSize = 64,
+    batch_size: opt.BatchSize = 32,
     accumulate: opt.Accumulate = 1,
     precision: opt.Precision = "auto",
     epochs_scale: opt.EpochsScale = 1.0,

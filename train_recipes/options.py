@@ -39,7 +39,7 @@ class Settings:
     gate: str = "rnn"
     alpha: float | None = None
     target: float | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     accumulate: int = 1
     precision: str = "auto"
     epochs_scale: float = 1.0

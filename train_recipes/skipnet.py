@@ -8,8 +8,8 @@ from loop import run
 from stages import Stage, add_layer_gates, base_task, dynamic_task
 
 STAGES = (
-    Stage("base", base_task, epochs=20, lr=0.1),
-    Stage("sp", dynamic_task, surgery=add_layer_gates, epochs=20, lr=0.1),
+    Stage("base", base_task, epochs=12, lr=0.1),
+    Stage("sp", dynamic_task, surgery=add_layer_gates, epochs=15, lr=0.1),
 )
 
 
@@ -28,7 +28,7 @@ def main(
     gate: opt.Gate = "rnn",
     alpha: opt.Alpha = None,
     target: opt.Target = None,
-    batch_size: opt.BatchSize = 64,
+    batch_size: opt.BatchSize = 32,
     accumulate: opt.Accumulate = 1,
     precision: opt.Precision = "auto",
     epochs_scale: opt.EpochsScale = 1.0,
