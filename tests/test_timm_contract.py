@@ -16,6 +16,7 @@ import torch
 from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import timm_dynamic as td
@@ -307,6 +308,14 @@ def test_fx(name: str) -> None:
     trained.sum().backward()
     trunk = [key for key, _ in graph.named_parameters() if not key.startswith("exits.")]
     assert all(graph.get_parameter(key).grad is not None for key in trunk)
+
+
+def test_all_logits_come_last_in_a_trace() -> None:
+    """timm and torchvision count from a graph's end to find outputs, and do not count buffers that are read."""
+    nodes = list(symbolic_trace(own("ddi_resnetblur50").train()).graph.nodes)
+    assert any(node.op == "get_attr" for node in nodes)
+    first = min(nodes.index(node) for node in nodes[-1].all_input_nodes)
+    assert not any(node.op == "get_attr" for node in nodes[first:])
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -57,12 +57,13 @@ def features(model: Any, x: Tensor) -> Tensor:
 
 
 def _all_exits(walk: Walk) -> list[Tensor]:
-    found = []
+    """Logits of every exit, the head last. All come after the last unit: tools that trace look for outputs there."""
+    seen = []
     for index in range(len(walk.stops)):
         walk.to_exit(index)
-        found.append(walk.classify(index, walk.x))
+        seen.append(walk.x)
         walk.pay_exit(index)
-    return found
+    return [walk.classify(index, x) for index, x in enumerate(seen)]
 
 
 def decide(model: nn.Module, x: Tensor) -> Decisions:
