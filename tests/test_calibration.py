@@ -42,8 +42,9 @@ def _share(model: nn.Module, images: Batches) -> float:
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
 def test_meets_the_target_on_other_images(fraction: float) -> None:
     model = _model()
-    found = td.calibrate(model, _images(256, 0), fraction)
-    assert found.fraction == pytest.approx(_share(model, _images(256, 0)), abs=1e-9)
+    images = _images(128, 0)
+    found = td.calibrate(model, images, fraction)
+    assert found.fraction == pytest.approx(_share(model, images), abs=1e-9)
     assert _share(model, _images(256, 1)) == pytest.approx(fraction, abs=0.02)
 
 
@@ -53,7 +54,7 @@ def test_both_is_at_least_as_accurate_as_either_alone() -> None:
         model = _model()
         model.layer_gates.threshold.fill_(0.0)  # where only exits move, gates stay open
         try:
-            accuracy[use] = td.calibrate(model, _images(128, 0), 0.5, use=use).accuracy
+            accuracy[use] = td.calibrate(model, _images(64, 0), 0.5, use=use).accuracy
         except ValueError:
             accuracy[use] = 0.0
     assert accuracy["both"] >= max(accuracy["gates"], accuracy["exits"]) > 0
@@ -62,7 +63,7 @@ def test_both_is_at_least_as_accurate_as_either_alone() -> None:
 def test_is_saved_with_the_weights() -> None:
     model = _model()
     other = copy.deepcopy(model)
-    td.calibrate(model, _images(128, 0), 0.3)
+    td.calibrate(model, _images(64, 0), 0.3)
     assert model.exits.calibrated
     assert not other.exits.calibrated
     x = _images(64, 2)[0][0]

@@ -301,7 +301,33 @@ def test_counter_sees_a_budget_for_each_image(kind: str) -> None:
     model = undecided(kind)
     exits = td.cost_table(model, SMALL).exits
     td.set_budget(model, macs=[exits[i % 4].dearest for i in range(8)], input_size=SMALL)
-    assert check(model, 8).exit_index.tolist() >= [0, 1, 2, 3] * 2
+    assert (check(model, 8).exit_index >= torch.arange(8) % 4).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [
+        ("bottleneck", ("layer1.0", "layer2.0", "layer2")),
+        ("dense", ("features.denseblock1.denselayer1", "features.denseblock2.denselayer2", 3)),
+    ],
+)
+def test_counter_sees_exits_after_any_unit(kind: str, after: tuple[Any, ...]) -> None:
+    model = undecided(kind, exits=td.ExitConfig(after))
+    with td.force(model, **mixed(model, 8), exit=torch.arange(8) % 4):
+        check(model, 8)
+    exits = td.cost_table(model, SMALL).exits
+    td.set_budget(model, macs=[exits[i % 4].dearest for i in range(8)], input_size=SMALL)
+    decisions = check(model, 8)
+    assert (decisions.exit_index >= torch.arange(8) % 4).all()
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_images_need_not_be_square(kind: str) -> None:
+    model = dynamic(kind)
+    x = images(4, 48)[..., :33]
+    with td.force(model, **mixed(model, 4)):
+        assert run(model, x)[1] == decide(model, x).macs.sum()
+    assert td.cost_table(model, (3, 48, 33)).dense == run(stock(kind), x[:1])[1]
 
 
 @pytest.mark.parametrize("kind", FEW)

@@ -52,6 +52,35 @@ def test_budgets_and_calibration_come_along() -> None:
     assert torch.equal(td.decide(model, x).layer_keep, td.decide(fast, x).layer_keep)
 
 
-def test_a_stock_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="a dynamic model is needed"):
-        td.optimize_for_inference(timm.create_model("resnet18"))
+def test_remembered_slices_follow_the_weights() -> None:
+    """Whatever becomes of the copy, slices of its former weights are not used."""
+    fast = td.optimize_for_inference(_model("ddi_resnet20_cifar"))
+    x = torch.randn(2, 3, 32, 32)
+    keeps = [torch.rand(2, len(sizes)) < 0.5 for unit in fast.channel_gates.sizes for sizes in unit]
+    with torch.no_grad(), td.force(fast, layer_keep=1.0, channel_keep=keeps):
+        before = fast(x)
+        assert fast.dynamic.slices
+        assert torch.equal(fast(x), before)
+        other = copy.deepcopy(fast)
+        other.load_state_dict({key: 2 * value for key, value in fast.state_dict().items()})
+        assert torch.equal(fast(x), before)
+        changed = other(x)
+        other.dynamic.slices.clear()
+        assert torch.equal(other(x), changed)
+        assert not torch.allclose(changed, before)
+        assert copy.deepcopy(fast).double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet26d"])
+def test_a_stock_model_is_folded_too(name: str) -> None:
+    model = randomise(timm.create_model(name, num_classes=10)).eval()
+    fast = td.optimize_for_inference(model)
+    assert type(fast) is type(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4 * model(x).abs().max().item())
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="no units to gate in 'mobilenetv3_small_050'"):
+        td.optimize_for_inference(timm.create_model("mobilenetv3_small_050"))

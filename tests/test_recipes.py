@@ -153,6 +153,21 @@ def test_killed_twice_and_while_writing(whole: Path, tmp_path: Path) -> None:
     same_run(whole, output)
 
 
+def test_killed_while_finishing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "save_pretrained", kill)
+        with pytest.raises(Killed):
+            run(output)
+    assert not (output / "summary.json").exists()
+    run(output, resume=True)
+    same_run(whole, output)
+
+
 def test_a_real_kill(whole: Path, tmp_path: Path) -> None:
     """kill -9 of the process that runs the script."""
     code = (
@@ -229,6 +244,7 @@ def test_the_saved_network_is_the_trained_one(whole: Path) -> None:
     found = few_digits(16, 0)
     assert tuple(model.pretrained_cfg["mean"]) == found.mean
     assert tuple(model.pretrained_cfg["input_size"]) == (3, 16, 16)
+    assert list(model.pretrained_cfg["label_names"]) == [str(digit) for digit in range(10)]
     val: Any = found.val
     x, y = val.__getitems__(list(range(50)))
     accuracy = (model(x).argmax(1) == y).double().mean().item()

@@ -7,6 +7,7 @@ unit's hidden channels.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from .families import Unit, rests_unchanged, run_slice
 
 Keeps = Sequence[Tensor]  # for each hidden width, keeps of its channels: [B, channels]
+Slices = dict[Any, tuple[Tensor, Tensor | None]]  # weights and biases of patterns met before, of frozen weights
+MOST_SLICES = 1024
 
 
 def shortcut(unit: Unit, x: Tensor) -> Tensor:
@@ -88,6 +91,7 @@ def run_skipping(
     keep: Tensor | None,
     choose: Callable[[Tensor, Tensor | None], Keeps | None],
     reuse: bool = False,
+    slices: Slices | None = None,
 ) -> Tensor:
     """Only what is kept, for the images that keep it.
 
@@ -98,15 +102,17 @@ def run_skipping(
         choose: given the inputs of the images that run and their places in `x` (None for all), says which channels
             they keep: bool [B', channels] for each hidden width, or None for all. Not called if no image runs.
         reuse: results may be put into `x` itself, because nobody else reads it.
+        slices: remembers sliced weights, where these never change.
     """
     short = shortcut(unit, x)
     places = None if keep is None else _places(keep)
     if places is None:
-        return close(unit, _sliced_branch(unit, x, choose(x, None)), short)
+        return close(unit, _sliced_branch(unit, x, choose(x, None), slices), short)
     if len(places) == 0:
         return rest(unit, short)
     picked = x[places]
-    y = close(unit, _sliced_branch(unit, picked, choose(picked, places)), short if unit.kind.grows else short[places])
+    y = _sliced_branch(unit, picked, choose(picked, places), slices)
+    y = close(unit, y, short if unit.kind.grows else short[places])
     out = rest(unit, short)
     if out.requires_grad or (out is x and not reuse):
         out = out.clone()
@@ -120,18 +126,18 @@ def _places(keep: Tensor) -> Tensor | None:
     return None if len(places) == len(keep) else places
 
 
-def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None) -> Tensor:
+def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None, slices: Slices | None) -> Tensor:
     """The branch of each image with its own channels only: one run for each distinct pattern."""
     if keeps is None or all(bool(k.all()) for k in keeps):
         return branch(unit, x)
     if len(x) == 1:
-        return _branch_slice(unit, x, [k[0].nonzero().flatten() for k in keeps])
+        return _branch_slice(unit, x, [k[0].nonzero().flatten() for k in keeps], slices)
     patterns, which = torch.cat(list(keeps), 1).unique(dim=0, return_inverse=True)
     out: Tensor | None = None
     for i, pattern in enumerate(patterns):
         places = (which == i).nonzero().flatten()
         kept = [part.nonzero().flatten() for part in pattern.split([k.shape[1] for k in keeps])]
-        y = _branch_slice(unit, x[places], kept)
+        y = _branch_slice(unit, x[places], kept, slices)
         if out is None:
             out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=layout_of(y))
         out[places] = y
@@ -150,7 +156,7 @@ def _zeros(like: Tensor, channels: int, shape: Sequence[int], layout: torch.memo
     return out.zero_()
 
 
-def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor]) -> Tensor:
+def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor], slices: Slices | None) -> Tensor:
     """The branch with the hidden channels in `kept` only (one index tensor for each hidden width)."""
     for module in unit.kind.before(unit.module):
         if module is not None:
@@ -159,7 +165,7 @@ def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor]) -> Tensor:
     steps = unit.kind.steps(unit.module)
     for i, (conv, after) in enumerate(steps):
         target = kept[i] if i < len(kept) else None
-        x = _conv_slice(conv, x, source, target)
+        x = _conv_slice(conv, x, source, target, f"{unit.name}.{i}", slices)
         for module in after:
             if module is not None:
                 x = module(x) if target is None else run_slice(module, x, target)
@@ -167,16 +173,31 @@ def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor]) -> Tensor:
     return x
 
 
-def _conv_slice(conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None) -> Tensor:
+def _conv_slice(
+    conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None, name: str, slices: Slices | None
+) -> Tensor:
     """A convolution from input channels `source` to output channels `target` (None: all). x: [B, source, H, W]."""
     if conv.groups > 1 and (source is not None or target is not None):
         return _grouped_slice(conv, x, source, target)
-    weight = conv.weight if target is None else conv.weight[target]
-    weight = weight if source is None else weight[:, source]
-    bias = conv.bias if target is None or conv.bias is None else conv.bias[target]
+    if slices is None:
+        weight, bias = _weight_slice(conv, source, target)
+    else:
+        state = (name, conv.weight._version, conv.weight.dtype, conv.weight.device)
+        key = (*state, *(None if index is None else tuple(index.tolist()) for index in (source, target)))
+        if key not in slices:
+            if len(slices) >= MOST_SLICES:
+                slices.clear()
+            slices[key] = _weight_slice(conv, source, target)
+        weight, bias = slices[key]
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         return _constant(conv, x, weight.shape[0], bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _weight_slice(conv: nn.Conv2d, source: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    weight = conv.weight if target is None else conv.weight[target]
+    weight = weight if source is None else weight[:, source]
+    return weight, conv.bias if target is None or conv.bias is None else conv.bias[target]
 
 
 def _grouped_slice(conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None) -> Tensor:

@@ -32,6 +32,7 @@ class Dynamic:
     forced: Forced | None = None
     gating: str = "hard"  # how gates decide in training: see set_gating
     priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
+    slices: units.Slices | None = None  # of an optimised copy: sliced weights of patterns met before
     origin: Any = None  # of an optimised copy: the model it was made from, on the meta device
     limit: costs.CostTable | None = None  # what a budget of milliseconds or millijoules is counted by
     tables: dict[Any, costs.CostTable] = field(default_factory=dict)
@@ -302,7 +303,8 @@ class Walk:
                 chosen = [spread(k, places, self.images()) for k in keeps]
             return self._widened(g, keeps)
 
-        y = units.run_skipping(unit, self.x, keep, choose, reuse=not (self.shared or self.x.requires_grad))
+        reuse = not (self.shared or self.x.requires_grad)
+        y = units.run_skipping(unit, self.x, keep, choose, reuse=reuse, slices=self.model.dynamic.slices)
         if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
             sizes = self.channel_gates.sizes[g]
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]

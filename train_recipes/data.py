@@ -135,24 +135,27 @@ class Augmented(Dataset[Any]):
         self.shift = shift
         self.flip = flip
         self.seed = seed
-        self.draws = functools.lru_cache(maxsize=2)(self._draws)
+        self.drawn: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _draws(self, epoch: int) -> tuple[Tensor, Tensor]:
+    def draws(self, epoch: int) -> tuple[Tensor, Tensor]:
         """For every image of an epoch: offsets [N, 2] in 0..2 * shift, and whether it is mirrored [N]."""
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        offsets = torch.from_numpy(rng.integers(0, 2 * self.shift + 1, size=(len(self), 2)))
-        mirrored = torch.from_numpy(rng.random(len(self)) < (0.5 if self.flip else 0.0))
-        return offsets, mirrored
+        if self.drawn[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            offsets = torch.from_numpy(rng.integers(0, 2 * self.shift + 1, size=(len(self), 2)))
+            mirrored = torch.from_numpy(rng.random(len(self)) < (0.5 if self.flip else 0.0))
+            self.drawn = (epoch, offsets, mirrored)
+        return self.drawn[1:]
 
     def __getitems__(self, keys: list[Key]) -> tuple[Tensor, Tensor]:
         indices = [index for _, index in keys]
-        offsets = torch.stack([self.draws(epoch)[0][index] for epoch, index in keys])
-        mirrored = torch.stack([self.draws(epoch)[1][index] for epoch, index in keys])
         pixels = self.images.pixels[indices]
         if self.shift or self.flip:
+            epochs = {epoch: self.draws(epoch) for epoch in sorted({epoch for epoch, _ in keys})}
+            offsets = torch.stack([epochs[epoch][0][index] for epoch, index in keys])
+            mirrored = torch.stack([epochs[epoch][1][index] for epoch, index in keys])
             pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets, mirrored, pixels.shape[2:])
         return self.images.normalise(pixels), self.images.labels[indices]
 
@@ -353,11 +356,15 @@ def _ready(batch: Any) -> Any:
     return batch
 
 
-def train_loader(data: Data, batches: Batches, workers: int) -> DataLoader[Any]:
+def train_loader(data: Data, batches: Batches, workers: int | None) -> DataLoader[Any]:
     """A loader of training batches."""
-    return DataLoader(data.train, batch_sampler=batches, num_workers=workers, collate_fn=_ready)
+    return DataLoader(data.train, batch_sampler=batches, num_workers=_workers(data, workers), collate_fn=_ready)
 
 
-def val_loader(data: Data, batch_size: int, workers: int) -> DataLoader[Any]:
+def val_loader(data: Data, batch_size: int, workers: int | None) -> DataLoader[Any]:
     """A loader of the validation images, in order."""
-    return DataLoader(data.val, batch_size=batch_size, num_workers=workers, collate_fn=_ready)
+    return DataLoader(data.val, batch_size=batch_size, num_workers=_workers(data, workers), collate_fn=_ready)
+
+
+def _workers(data: Data, wanted: int | None) -> int:
+    return wanted if wanted is not None else (4 if isinstance(data.train, Folder) else 0)

@@ -36,7 +36,7 @@ def main(
     max_steps: opt.MaxSteps = None,
     evaluations: opt.Evaluations = 4,
     checkpoint_every: opt.CheckpointEvery = 0,
-    workers: opt.Workers = 0,
+    workers: opt.Workers = None,
     threads: opt.Threads = 0,
     stage: opt.StageOption = None,
 ) -> None:

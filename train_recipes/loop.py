@@ -79,12 +79,13 @@ class Sums:
 
     def __init__(self, start: dict[str, float], device: torch.device):
         self.device = device
-        self.values = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in start.items()}
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = {name: torch.tensor(value, dtype=self.dtype, device=device) for name, value in start.items()}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Count one batch in."""
         for name, value in {**metrics, "count": torch.ones((), device=self.device)}.items():
-            self.values[name] = self.values.get(name, 0.0) + value.detach().double()
+            self.values[name] = self.values.get(name, 0.0) + value.detach().to(self.dtype)
 
     def to_dict(self) -> dict[str, float]:
         """The sums as numbers."""
@@ -128,7 +129,8 @@ class Trainer:
         self.model = self._placed(model)
         self.progress = Progress()
         self.previous: dict[str, Tensor] = {}
-        self.val = accelerator.prepare(datasets.val_loader(data, VAL_BATCH, settings.workers))
+        val_batch = max(1, VAL_BATCH // accelerator.num_processes) * accelerator.num_processes
+        self.val = accelerator.prepare(datasets.val_loader(data, val_batch, settings.workers))
         self.images = len(data.train)  # type: ignore[arg-type]
 
     def train(self, stages: tuple[Stage, ...]) -> None:

@@ -46,7 +46,7 @@ class Settings:
     max_steps: int | None = None
     evaluations: int = 4
     checkpoint_every: int = 0
-    workers: int = 0
+    workers: int | None = None
     threads: int = 0
     stage: tuple[str, ...] = ()
 
@@ -173,7 +173,7 @@ EpochsScale = Annotated[float, _option("Factor on the length of every stage.")]
 MaxSteps = Annotated[int | None, _option("Most optimiser steps of a stage, for a dry run.")]
 Evaluations = Annotated[int, _option("Evaluations, each with a checkpoint, in every stage.")]
 CheckpointEvery = Annotated[int, _option("Further checkpoints every so many steps; 0 for none.")]
-Workers = Annotated[int, _option("Processes of each data loader; 0 is best for what fits in memory.")]
+Workers = Annotated[int | None, _option("Processes of each data loader; default: 0 for images held in memory, else 4.")]
 Threads = Annotated[
     int, _option("CPU threads of each process; 0 for the launcher's choice, which is 1 under accelerate launch.")
 ]
