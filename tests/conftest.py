@@ -6,6 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is import
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# a slow or shared machine is no failure, and the same examples are tried every time
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:  # workers of `pytest -n` share the cores
