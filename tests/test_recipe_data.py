@@ -3,7 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_recipes"))
 
 import data as datasets
+import files
+import images as in_memory
 
 
 def test_batches_can_be_entered_anywhere() -> None:
@@ -31,8 +33,8 @@ def test_batches_can_be_entered_anywhere() -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
     pixels = torch.randint(0, 255, (20, 3, 8, 8), dtype=torch.uint8)
-    images = datasets.Images(pixels, torch.arange(20), (0.5,) * 3, (0.25,) * 3)
-    one, other = (datasets.Augmented(images, 2, True, seed=7) for _ in range(2))
+    images = in_memory.Images(pixels, torch.arange(20), (0.5,) * 3, (0.25,) * 3)
+    one, other = (in_memory.Augmented(images, 2, True, seed=7) for _ in range(2))
     x, y = one.__getitems__([(3, 5), (4, 5), (3, 6)])
     assert y.tolist() == [5, 5, 6]
     assert torch.equal(other.__getitems__([(3, 6)])[0][0], x[2])
@@ -42,7 +44,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
 def test_a_crop_is_a_window_of_the_padded_image() -> None:
     pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
     padded = torch.nn.functional.pad(pixels, (1, 1, 1, 1))
-    found = datasets._crop(padded, torch.tensor([[0, 2], [1, 1]]), torch.tensor([False, True]), (4, 4))
+    found = in_memory._crop(padded, torch.tensor([[0, 2], [1, 1]]), torch.tensor([False, True]), (4, 4))
     assert torch.equal(found[0], padded[0, :, 0:4, 2:6])
     assert torch.equal(found[1], pixels[1].flip(2))
 
@@ -98,3 +100,63 @@ def test_data_that_is_missing_or_empty(tmp_path: Path) -> None:
     shutil.rmtree(root / "val" / "dog")
     with pytest.raises(datasets.DataError, match="differ in their classes: dog"):
         datasets.load("folder", root, False, 32, 0)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_corrupt_image_is_named(tmp_path: Path, size: int) -> None:
+    root = make_folder(tmp_path / "images", 40)
+    broken = root / "train" / "cat" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+
+    def read() -> None:
+        train: Any = datasets.load("folder", root, False, size, 0).train
+        train.__getitems__([(0, 0)])
+
+    with pytest.raises(datasets.DataError, match=r"cat/0\.png is not a whole image"):
+        read()
+
+
+def test_images_as_imagenet_has_them(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", 40)
+    found = datasets.load("imagenet", root, False, 32, 0)
+    assert found.mean == pytest.approx((0.485, 0.456, 0.406)), "whatever the size"
+    train: Any = found.train
+    assert train.__getitems__([(0, 1)])[0].shape == (1, 3, 32, 32)
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What timm reads is used like a folder; a missing package and a wrong name are one line."""
+
+    class Reader:
+        class_to_idx: ClassVar = {"dog": 1, "cat": 0}
+
+    class Part:
+        reader = Reader()
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("L", (50, 60), index), index % 2
+
+    asked = []
+
+    def create(name: str, root: str, split: str, download: bool) -> Part:
+        asked.append((name, root, split, download))
+        return Part()
+
+    monkeypatch.setattr(files, "create_dataset", create)
+    found = datasets.load("hfds/some/images", tmp_path, True, 32, 0)
+    assert asked == [("hfds/some/images", str(tmp_path), split, True) for split in ("train", "validation")]
+    assert (found.classes, found.input_size) == (("cat", "dog"), (3, 32, 32))
+    train: Any = found.train
+    x, y = train.__getitems__([(0, 1), (0, 4)])
+    assert x.shape == (2, 3, 32, 32)
+    assert y.tolist() == [1, 0]
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise ImportError("datasets")
+
+    monkeypatch.setattr(files, "create_dataset", missing)
+    with pytest.raises(datasets.DataError, match="pip install datasets"):
+        datasets.load("hfds/some/images", tmp_path, True, 32, 0)

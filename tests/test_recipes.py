@@ -72,7 +72,8 @@ def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(output: Path, **changes: Any) -> options.Settings:
     values = {"model": "ddi_resnet20_cifar", **TINY, "output": output, **changes}
-    return options.settings("ddi", values, prefix="ddi_", target=0.5)
+    prefix = values["model"].partition("_")[0] + "_"
+    return options.settings(prefix[:-1], values, prefix=prefix, target=0.5)
 
 
 class Killed(BaseException):
@@ -133,6 +134,38 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path, s
     assert not (output / "summary.json").exists()
     run(output, resume=True)
     same_run(whole, output)
+
+
+REINFORCED: dict[str, Any] = {"model": "skipnet_resnet20_cifar", "method": "sp+hrl", "distill": 1.0, "ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def reinforced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished SkipNet run with all that has a state: a teacher, averaged weights, clipped gradients, sampling."""
+    output = tmp_path_factory.mktemp("runs") / "reinforced"
+    run(output, stages=skipnet.METHODS["sp+hrl"], clip_grad=1.0, **REINFORCED)
+    return output
+
+
+@pytest.mark.parametrize("stop_after", [3, 7, 10])
+def test_a_killed_reinforced_run_goes_on_to_the_same_numbers(reinforced: Path, tmp_path: Path, stop_after: int) -> None:
+    output = tmp_path / "run"
+    changes = {"stages": skipnet.METHODS["sp+hrl"], "clip_grad": 1.0, **REINFORCED}
+    with pytest.raises(Killed):
+        run(output, stop_after=stop_after, **changes)
+    run(output, resume=True, **changes)
+    assert RunFolder(output).rows() == RunFolder(reinforced).rows()
+    assert torch.equal(weights_of(output), weights_of(reinforced))
+
+
+def test_averaged_weights_are_what_is_measured_and_saved(reinforced: Path) -> None:
+    """The last checkpoint holds both; what is left for the user is the average."""
+    checkpoint = RunFolder(reinforced).newest()
+    assert checkpoint is not None
+    raw, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema"))
+    saved = load_file(reinforced / "model.safetensors")
+    assert torch.equal(saved["conv1.weight"], average["conv1.weight"])
+    assert not torch.equal(saved["conv1.weight"], raw["conv1.weight"])
 
 
 def test_killed_twice_and_while_writing(whole: Path, tmp_path: Path) -> None:
@@ -336,6 +369,51 @@ def test_a_stage_change_that_makes_no_sense(tmp_path: Path, change: str) -> None
         planned(ddi.STAGES, settings(tmp_path, stage=[change]))
 
 
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved before stays whole, and the message names it."""
+    output, save = tmp_path / "run", torch.save
+
+    def full(state: Any, path: Path) -> None:
+        if "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=r"stage base stopped at step 4: .*No space left.*checkpoints/00000003"):
+        run(output)
+    monkeypatch.undo()
+    run(output, resume=True)
+    assert (output / "summary.json").exists()
+
+
+def test_a_dead_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(self: Any, keys: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(sys.modules["images"].Augmented, "__getitems__", dies)
+    with pytest.raises(RunError, match=r"stage base stopped at step 0: .*there is no checkpoint yet"):
+        run(tmp_path / "run", workers=1)
+
+
+def test_a_tracker_gets_the_rows(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    output = tmp_path / "run"
+    run(output, stages=ddi.STAGES[:1], tracker=["tensorboard"])
+    events = tensorboard.EventAccumulator(str(next(output.rglob("events.out*")).parent))
+    events.Reload()
+    found = [event.value for event in events.Scalars("accuracy")]
+    assert found == pytest.approx([row["accuracy"] for row in RunFolder(output).rows()])
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="found clearml"):
+        settings(tmp_path, tracker=["clearml"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "TRACKERS", ("no_such_package",))
+        with pytest.raises(RunError, match="pip install no_such_package"):
+            run(tmp_path / "run", tracker=["no_such_package"])
+
+
 # Stages --------------------------------------------------------------------------------------------------------------
 
 
@@ -457,13 +535,15 @@ def test_a_config_says_how_it_is_run_and_is_understood(
     words = path.read_text().splitlines()[0].split()
     assert words[:3] == ["#", "accelerate", "launch"]
     assert words[4:6] == ["--config", f"train_recipes/configs/{path.name}"]
-    recipe = {"train_recipes/ddi.py": ddi, "train_recipes/skipnet.py": skipnet}[words[3]]
+    recipe = {f"train_recipes/{one.__name__}.py": one for one in (ddi, iadi, skipnet)}[words[3]]
     few = ("--output", tmp_path / "run", "--data-dir", tmp_path, "--max-steps", 1, "--evaluations", 1)
     if "digits" in path.stem:
         assert call(recipe, "--config", path, *few) == 0
     else:
         assert call(recipe, "--config", path, *few) == 1
-        assert "Dataset not found" in capsys.readouterr().err, "everything but the images was there"
+        missing = ("Dataset not found", "--data-dir must hold train/CLASS")
+        shown = capsys.readouterr().err
+        assert any(words in shown for words in missing), "everything but the images was there"
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ RECIPES = PACKAGE.parent / "train_recipes"
 ORDER = [
     *("version", "configs", "safety", "losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
     *("walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
-    *("inference", "onnx", "evaluation", "card", "hub", "report", "registry", ""),
+    *("inference", "onnx", "evaluation", "card", "hub", "report", "comparison", "registry", ""),
     *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.app", "cli"),
 ]
 HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")

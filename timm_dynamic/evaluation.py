@@ -157,6 +157,95 @@ def _summarise(rows: Rows, table: CostTable) -> Evaluation:
     )
 
 
+@dataclass(frozen=True)
+class Policy:
+    """One pattern of decisions for all images.
+
+    Attributes:
+        layers: 1 (run) or 0 for each layer gate; empty without layer gates.
+        channels: 1 or 0 for each channel group of each gated hidden width; empty without channel gates.
+        macs: what an image costs under it, without any gate.
+        share: share of the images that the network itself gave just this pattern.
+    """
+
+    layers: str
+    channels: str
+    macs: int
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.layers}:{self.channels}" if self.channels else self.layers
+
+
+def static_policy(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device | str | None = None
+) -> Policy:
+    """The static network that a dynamic one has to beat: the pattern that it gives most often, at its mean cost.
+
+    If that pattern is cheaper, without gates, than the dynamic network is on the mean, gates included, then what is
+    kept most often is added to it, as long as that brings it nearer to the mean.
+
+    Args:
+        model: a dynamic network with gates, without a budget.
+        loader: batches of images [B, C, H, W] and classes [B].
+        device: where the model is; default: that of its parameters.
+
+    Raises:
+        ValueError: if the network has no gates, or the loader no images.
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    if not hasattr(model, "layer_gates") and not hasattr(model, "channel_gates"):
+        raise ValueError("a static policy is made from a network with gates; found none")
+    was_training = model.training
+    model.eval()
+    found: list[Rows] = []
+    try:
+        with torch.no_grad():
+            for x, y in loader:
+                table = costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
+                rows = _rows(model, x.to(device), y.to(device), table)
+                found.append({key: value.cpu() for key, value in rows.items()})
+    finally:
+        model.train(was_training)
+    if not found:
+        raise ValueError("the loader holds no images to evaluate on")
+    rows = {key: torch.cat([one[key] for one in found]) for key in found[0]}
+    return _most_common(rows, table, rows["macs"].double().mean().item())
+
+
+def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
+    """The most common pattern, filled up until it costs what is wanted."""
+    keeps = torch.cat([rows["layers"], rows["channels"]], dim=1).bool()
+    patterns, counts = torch.unique(keeps, dim=0, return_counts=True)
+    best = int(counts.argmax())
+    pattern, layers = patterns[best].clone(), rows["layers"].shape[1]
+    for place in keeps.double().mean(0).argsort(descending=True, stable=True).tolist():
+        fuller = pattern.clone()
+        fuller[place] = True
+        now, then = _policy_macs(table, pattern, layers), _policy_macs(table, fuller, layers)
+        if abs(then - wanted) > abs(now - wanted):
+            break
+        pattern = fuller
+    digits = "".join("01"[int(keep)] for keep in pattern)
+    macs = _policy_macs(table, pattern, layers)
+    return Policy(digits[:layers], digits[layers:], macs, counts[best].item() / len(keeps))
+
+
+def _policy_macs(table: CostTable, pattern: Tensor, layers: int) -> int:
+    """MACs of an image under a pattern [layer gates + channel groups], gates not counted."""
+    total, gate, group = table.stem + sum(table.leave) + table.exits[-1].head, 0, layers
+    for unit in table.units:
+        free = dataclasses.replace(unit, layer_gate=0, channel_gate=0)
+        keep = pattern[gate : gate + 1] if unit.skippable else None
+        gate += unit.skippable
+        channels = []
+        for sizes in unit.sizes:
+            channels.append(pattern[None, group : group + len(sizes)])
+            group += len(sizes)
+        total += int(free.price(keep, channels or None))
+    return total
+
+
 def latency(models: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int = 30) -> dict[str, float]:
     """Median milliseconds of one image at batch 1, all models side by side.
 

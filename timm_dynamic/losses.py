@@ -59,14 +59,14 @@ def shut_gates(keeps: Sequence[Tensor]) -> Tensor:
     return (1 - torch.cat([keep.float() for keep in keeps], dim=1)).square().sum(1).mean()
 
 
-def cost_share(cost: Tensor, dense_macs: int) -> Tensor:
-    """Mean cost of a batch as a share of the dense model's MACs.
+def cost_share(cost: Tensor, dense_cost: float) -> Tensor:
+    """Mean cost of a batch as a share of the dense model's.
 
     Args:
-        cost: [B] MACs per image.
-        dense_macs: MACs of the stock model for one image.
+        cost: [B] of each image, in MACs or another unit.
+        dense_cost: of the stock model for one image, in the same unit.
     """
-    return cost.float().mean() / dense_macs
+    return cost.float().mean() / dense_cost
 
 
 def annealed_target(target: float, progress: float, anneal: float = 0.5) -> float:
@@ -81,3 +81,72 @@ def multiplier(alpha: Tensor, share: Tensor, target: float, stiffness: float) ->
     augmented Lagrangian, which pushes back at once and lets ``alpha`` move slowly.
     """
     return alpha + stiffness * (share - target)
+
+
+# Reinforcement (SkipNet, section 3.2) --------------------------------------------------------------------------------
+
+
+def skip_returns(task_loss: Tensor, keep: Tensor, unit_costs: Tensor, alpha: Tensor | float, beta: float) -> Tensor:
+    """What a policy is paid from each gate on (SkipNet, eq. 5 and 6): the gates before it could not be helped.
+
+    ``r_i = -(beta * L - alpha / N * sum_{j >= i} (1 - g_j) * C_j)``, without a gradient.
+
+    Args:
+        task_loss: [B] loss of each image.
+        keep: [B, N] decisions g, 0 or 1.
+        unit_costs: [N] costs C of the units.
+        alpha: weight of the cost that is saved.
+        beta: weight of the loss.
+
+    Returns:
+        [B, N].
+    """
+    saved = (1 - keep.detach().float()) * unit_costs
+    to_come = saved.flip(1).cumsum(1).flip(1)
+    return alpha / keep.shape[1] * to_come - beta * task_loss.detach().float()[:, None]
+
+
+def log_likelihood(keep: Tensor, prob: Tensor) -> Tensor:
+    """log p(g) of every decision. keep: [B, N] of 0 and 1, prob: [B, N] that it is 1 -> [B, N]."""
+    return -F.binary_cross_entropy(prob.float(), keep.detach().float(), reduction="none")
+
+
+def policy_gradient(keep: Tensor, prob: Tensor, advantage: Tensor) -> Tensor:
+    """A loss whose gradient is that of REINFORCE: minus the mean over images of ``sum_i log p(g_i) * r_i``.
+
+    Args:
+        keep: [B, N] sampled decisions.
+        prob: [B, N] probabilities that they were sampled with; the gradient goes through them.
+        advantage: [B, N] what each was worth, taken as a constant.
+    """
+    return -(log_likelihood(keep, prob) * advantage.detach()).sum(1).mean()
+
+
+def gate_entropy(prob: Tensor) -> Tensor:
+    """Entropy of a gate's decision in nats, mean over images and gates. prob: [B, N]."""
+    return F.binary_cross_entropy(prob.float(), prob.float(), reduction="none").mean()
+
+
+def unit_information(prob: Tensor) -> Tensor:
+    """What a gate's decision says about which image it was, in nats, mean over gates: ``H(E[s]) - E[H(s)]``.
+
+    Zero for gates that treat all images alike, ``log 2`` for gates that surely keep for one half of them.
+
+    Args:
+        prob: [B, N] probabilities s of a batch.
+    """
+    mean = prob.float().mean(0, keepdim=True)
+    return gate_entropy(mean) - gate_entropy(prob)
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    """Kullback-Leibler divergence from a teacher, times the temperature's square (Hinton et al., 2015).
+
+    Args:
+        logits: [B, classes] of the student.
+        teacher: [B, classes], taken as a constant.
+        temperature: both are divided by it.
+    """
+    student = F.log_softmax(logits.float() / temperature, dim=1)
+    wanted = F.log_softmax(teacher.detach().float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, wanted, reduction="batchmean", log_target=True)

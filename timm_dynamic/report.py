@@ -52,18 +52,23 @@ def render(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         rows: those of metrics.jsonl.
     """
     title = f"{summary.get('model', 'Network')} on {summary.get('dataset', 'its data')}"
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{_sentence(summary)}</p>", *_cost_section(summary)]
+    parts = [f"<p>{_sentence(summary)}</p>", *_cost_section(summary)]
     if any(unit["skip_ratio"] is not None for unit in summary.get("units", [])):
         parts += _unit_section(summary["units"])
     if summary.get("decisions"):
-        parts += _decision_section(summary["decisions"])
+        parts += _decision_section(summary)
     if rows:
         parts += _training_section(rows, summary["dense"]["macs"])
+    return page(title, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page from its parts."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
+        + "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
         + "\n</body>\n</html>\n"
     )
 
@@ -82,7 +87,7 @@ def _sentence(summary: dict[str, Any]) -> str:
 def _cost_section(summary: dict[str, Any]) -> list[str]:
     """Accuracy over cost."""
     dense, dynamic = summary["dense"], summary["dynamic"]
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     for key, label, colour, mark in (("exits", "exits", GREEN, "s-"), ("budgets", "hard budgets", ORANGE, "^--")):
         found = sorted(summary.get(key, []), key=lambda row: row["macs"])
         if found:
@@ -112,12 +117,12 @@ def _cost_section(summary: dict[str, Any]) -> list[str]:
         )
         for row in summary.get("table", [])
     ]
-    return ["<h2>Accuracy and cost</h2>", _svg(figure, "cost", caption), _table(header, body)]
+    return ["<h2>Accuracy and cost</h2>", svg(figure, "cost", caption), table(header, body)]
 
 
 def _unit_section(units: Sequence[dict[str, Any]]) -> list[str]:
     """Skip ratio of every unit."""
-    figure, axes = _figure(width=max(7.0, 0.16 * len(units)))
+    figure, axes = figure_and_axes(width=max(7.0, 0.16 * len(units)))
     places = range(len(units))
     ratios = [100 * (unit["skip_ratio"] or 0.0) for unit in units]
     first = [i == 0 or units[i - 1]["stage"] != unit["stage"] for i, unit in enumerate(units)]
@@ -139,11 +144,12 @@ def _unit_section(units: Sequence[dict[str, Any]]) -> list[str]:
         )
         for unit, is_first in zip(units, first, strict=True)
     ]
-    return ["<h2>What is skipped</h2>", _svg(figure, "units", caption), _table(("unit", "skip ratio"), body)]
+    return ["<h2>What is skipped</h2>", svg(figure, "units", caption), table(("unit", "skip ratio"), body)]
 
 
-def _decision_section(found: dict[str, Any]) -> list[str]:
-    """How much the decisions depend on the image."""
+def _decision_section(summary: dict[str, Any]) -> list[str]:
+    """How much the decisions depend on the image, and what that gains."""
+    found, static = summary["decisions"], summary.get("static")
     channels = found["channel_keep_ratio"]
     body = [
         ("images", f"{found['images']:,}"),
@@ -153,22 +159,28 @@ def _decision_section(found: dict[str, Any]) -> list[str]:
         ("standard deviation of an image's share of the dense MACs", f"{found['macs_share_std']:.4f}"),
         ("layers kept", _percent(found["keep_ratio"])),
         ("channel groups kept", "no channel gates" if channels is None else _percent(channels)),
+        ("adaptive gain", f"{100 * summary['adaptive_gain']:+.2f} points" if static else "not measured: --gain"),
         *((f"leave at exit {k}", _percent(share)) for k, share in enumerate(found["exit_shares"])),
     ]
-    return ["<h2>How much depends on the image</h2>", _table(("without budget", "value"), body)]
+    if static:
+        body += [
+            ("best static policy, trained for as long", static["policy"]),
+            ("its accuracy and multiply-adds", f"{_percent(static['accuracy'], 2)} at {_millions(static['macs'])}"),
+        ]
+    return ["<h2>How much depends on the image</h2>", table(("without budget", "value"), body)]
 
 
 def _training_section(rows: Sequence[dict[str, Any]], dense_macs: float) -> list[str]:
     """Accuracy, cost and loss while training."""
     steps = [row["step"] for row in rows]
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     axes.plot(steps, [100 * row["accuracy"] for row in rows], "-o", ms=3, color=BLUE, label="accuracy")
     axes.plot(steps, [100 * row["macs"] / dense_macs for row in rows], "-s", ms=3, color=ORANGE, label="share of MACs")
     axes.plot(steps, [100 * row["keep_ratio"] for row in rows], ":", color=GREEN, label="keep ratio")
     _mark_stages(axes, rows)
     axes.set(xlabel="step", ylabel="%")
     axes.legend(frameon=False)
-    loss, loss_axes = _figure(height=3.0)
+    loss, loss_axes = figure_and_axes(height=3.0)
     loss_axes.plot(steps, [row["train"]["loss"] for row in rows], "-o", ms=3, color=INK)
     _mark_stages(loss_axes, rows)
     loss_axes.set(xlabel="step", ylabel="training loss", yscale="log")
@@ -187,16 +199,17 @@ def _training_section(rows: Sequence[dict[str, Any]], dense_macs: float) -> list
     ]
     return [
         "<h2>Training</h2>",
-        _svg(figure, "training", "Accuracy, share of the dense multiply-adds and keep ratio at each evaluation."),
-        _svg(loss, "loss", "Training loss, mean since the evaluation before; each stage has its own loss."),
-        _table(header, body),
+        svg(figure, "training", "Accuracy, share of the dense multiply-adds and keep ratio at each evaluation."),
+        svg(loss, "loss", "Training loss, mean since the evaluation before; each stage has its own loss."),
+        table(header, body),
     ]
 
 
 # Drawing -------------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float = 7.0, height: float = 4.0) -> tuple[Any, Any]:
+def figure_and_axes(width: float = 7.0, height: float = 4.0) -> tuple[Any, Any]:
+    """An empty figure in the report's style; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -216,7 +229,7 @@ def _mark_stages(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         axes.text(start, height, rows[i]["stage"], transform=axes.get_xaxis_transform(), fontsize=8, color=INK)
 
 
-def _svg(figure: Any, name: str, caption: str) -> str:
+def svg(figure: Any, name: str, caption: str) -> str:
     """A figure as inline SVG; the same figure always gives the same text."""
     import matplotlib
 
@@ -231,7 +244,9 @@ def _svg(figure: Any, name: str, caption: str) -> str:
     return f"<figure>\n{opening}{text[end:].rstrip()}\n<figcaption>{label}</figcaption>\n</figure>"
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls sideways on a narrow screen."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 

@@ -145,6 +145,62 @@ def set_gating(model: Any, gating: str) -> Any:
     return model
 
 
+def force_always(model: Any, layer_keep: float) -> Any:
+    """Drop units at random from here on, in training and in eval (the SkipNet paper's baseline SDV).
+
+    Args:
+        model: a dynamic model with layer gates.
+        layer_keep: ratio in 0..1 of units that run, drawn as by `force`.
+
+    Raises:
+        ValueError: for a stock model, one without layer gates, or a ratio outside 0..1.
+    """
+    dynamic = dynamic_of(model)
+    _check_has(model, "layer_gates", "layer_keep")
+    _check_keep("layer_keep", layer_keep, len(model.layer_gates))
+    dynamic.forced = Forced(layer_keep=layer_keep)
+    return model
+
+
+def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
+    """Give all images one policy: forced in training, and by the gates' thresholds, which are saved, in eval.
+
+    Args:
+        model: a dynamic model.
+        layers: 1 (run) or 0 for each gated unit; empty if the model has no layer gates.
+        channels: 1 or 0 for each channel group of each gated hidden width; empty if it has no channel gates.
+
+    Raises:
+        ValueError: if a string is not of zeros and ones, or does not fit the model's gates.
+    """
+    dynamic = dynamic_of(model)
+    keeps: dict[str, Any] = {}
+    for part, text, wanted in (
+        ("layer_gates", layers, len(getattr(model, "layer_gates", ()))),
+        ("channel_gates", channels, sum(_group_counts(model))),
+    ):
+        if len(text) != wanted or set(text) - {"0", "1"}:
+            raise ValueError(f"{part} need {wanted} zeros and ones; found {text!r}")
+        keeps[part] = torch.tensor([[digit == "1" for digit in text]])
+    layer_keep = keeps["layer_gates"] if layers else None
+    channel_keep = list(keeps["channel_gates"].split(_group_counts(model), dim=1)) if channels else []
+    dynamic.forced = Forced(layer_keep=layer_keep, channel_keep=channel_keep or None)
+    with torch.no_grad():
+        if layer_keep is not None:
+            model.layer_gates.threshold.copy_(torch.where(layer_keep[0], 0.0, 2.0))  # probabilities are in 0..1
+        for unit, gate in enumerate(model.channel_gates.gates if channels else ()):
+            first = sum(len(sizes) for sizes in model.channel_gates.sizes[:unit])
+            own = torch.cat([part[0] for part in channel_keep[first : first + len(model.channel_gates.sizes[unit])]])
+            gate.fc.weight.zero_()
+            gate.fc.bias.copy_(torch.where(own, 20.0, -20.0))
+    return model
+
+
+def _group_counts(model: Any) -> list[int]:
+    """Channel groups of each gated hidden width."""
+    return [len(sizes) for unit in getattr(getattr(model, "channel_gates", None), "sizes", ()) for sizes in unit]
+
+
 @contextmanager
 def force(
     model: Any,
@@ -158,8 +214,8 @@ def force(
     Args:
         model: a dynamic model.
         layer_keep: a ratio in 0..1, drawn anew for each image and unit at each forward from torch's generator, or
-            keeps [B, units].
-        channel_keep: a ratio, or keeps [B, groups] for each gated hidden width.
+            keeps [B, units], or [1, units] for all images.
+        channel_keep: a ratio, or keeps [B, groups] (or [1, groups]) for each gated hidden width.
         exit: where images leave (0 is the first exit), one for all or one each [B]. A hard budget outranks it.
 
     Raises:
@@ -201,7 +257,7 @@ def _check_keep(what: str, keep: Any, columns: int) -> None:
 
 
 def _check_channel_keep(model: Any, keep: Any) -> None:
-    counts = [len(sizes) for unit in model.channel_gates.sizes for sizes in unit]
+    counts = _group_counts(model)
     if isinstance(keep, (int, float)):
         ratio("channel_keep", keep)
         return

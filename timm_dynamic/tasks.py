@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
+from .surgery import set_execution, set_gating
 
 GATES = ("layer_gates", "channel_gates")
 
@@ -34,23 +38,49 @@ def _keep_ratio(decisions: Decisions) -> Tensor:
     return keep.mean() if keep.numel() else torch.ones((), device=keep.device)
 
 
+def _hidden(teacher: nn.Module | None) -> tuple[nn.Module, ...]:
+    """A teacher in a tuple: it is not a child of the task, so it is neither trained nor saved."""
+    return () if teacher is None else (teacher.eval().requires_grad_(False),)
+
+
+def _distance(teachers: tuple[nn.Module, ...], logits: Tensor, x: Tensor, weight: float) -> Tensor | float:
+    """How far logits [B, classes] are from the teacher's, if there is one."""
+    loss: Tensor | float = 0.0
+    for teacher in teachers:
+        with torch.no_grad():
+            wanted = teacher(x)
+        loss = loss + weight * losses.distillation(logits, wanted)
+    return loss
+
+
 class BaseTask(nn.Module):
     """Cross entropy of a plain classifier.
 
     Args:
         model: maps [B, C, H, W] to [B, classes].
         label_smoothing: as in ``F.cross_entropy``.
+        teacher: a network whose logits are to be followed as well; none if None.
+        distill: weight of that.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        label_smoothing: float = 0.0,
+        teacher: nn.Module | None = None,
+        distill: float = 1.0,
+    ):
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        self.teacher = _hidden(teacher)
+        self.distill = distill
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and accuracy of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
         logits = self.model(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        loss = loss + _distance(self.teacher, logits, x, self.distill)
         return {"loss": loss, "accuracy": _accuracy(logits, y)}
 
 
@@ -85,23 +115,60 @@ class WarmupTask(nn.Module):
         }
 
 
+class ExitsTask(nn.Module):
+    """Exits learn to classify what a network that stands still gives them: exits without joint training.
+
+    The trunk and the gates stay in eval mode and get no gradient.
+
+    Args:
+        model: a dynamic network with exits.
+        exit_weighting: weights of the exits' cross entropies.
+    """
+
+    def __init__(self, model: nn.Module, exit_weighting: losses.ExitWeighting = "uniform"):
+        super().__init__()
+        if not hasattr(model, "exits"):
+            raise ValueError("this trains exits and the model has none: call add_exits")
+        self.model = model
+        self.exit_weighting = exit_weighting
+
+    def train(self, mode: bool = True) -> ExitsTask:
+        """Sets the mode of the exits and of the root; all else stays in eval mode."""
+        super().train(mode)
+        for name, child in self.model.named_children():
+            if name != "exits":
+                child.eval()
+        return self
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
+        decisions = decide(self.model, x)
+        weights = losses.exit_weights(len(decisions.exit_logits), self.exit_weighting)
+        loss = losses.exit_cross_entropy(decisions.exit_logits[:-1], y, weights[:-1])
+        return {"loss": loss, "accuracy": _accuracy(decisions.logits, y), "keep_ratio": _keep_ratio(decisions)}
+
+
 class DynamicTask(nn.Module):
-    """Cross entropies over the exits plus the cost of what ran, as a share of the dense model's MACs.
+    """Cross entropies over the exits plus the cost of what ran, as a share of the dense model's cost.
 
     Either ``alpha`` is fixed, or it is steered so that the mean cost meets ``target``. The steered alpha and the count
     of batches are buffers, so that they are in checkpoints; the share they follow is the mean over all processes.
 
     Args:
         model: a dynamic network.
-        dense_macs: MACs of the stock model for one image.
+        dense_cost: of the stock model for one image, in the unit of `Decisions.cost` (MACs, or see `set_price`).
         steps: batches that this task will see; the target falls from 1 during the first half of them.
         alpha: fixed weight of the cost term; not together with ``target``.
-        target: share of the dense MACs to aim at.
+        target: share of the dense cost to aim at.
         exit_weighting: weights of the exits' cross entropies.
         rate: how fast alpha follows the distance from the target.
         stiffness: direct push back on the distance from the target.
         anneal: share of the steps during which the target falls.
         label_smoothing: as in ``F.cross_entropy``.
+        teacher: a stock model whose logits the head is to follow as well; none if None.
+        distill: weight of that.
+        distill_exits: weight of the distance of each earlier exit's logits from the last exit's.
+        information: weight of `losses.unit_information` of the layer gates, which is to grow.
     """
 
     alpha: Tensor
@@ -110,7 +177,7 @@ class DynamicTask(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        dense_macs: int,
+        dense_cost: float,
         steps: int,
         *,
         alpha: float | None = None,
@@ -120,6 +187,10 @@ class DynamicTask(nn.Module):
         stiffness: float = 5.0,
         anneal: float = 0.5,
         label_smoothing: float = 0.0,
+        teacher: nn.Module | None = None,
+        distill: float = 1.0,
+        distill_exits: float = 0.0,
+        information: float = 0.0,
     ):
         super().__init__()
         if alpha is not None and target is not None:
@@ -127,7 +198,7 @@ class DynamicTask(nn.Module):
         if target is not None and not 0 < target <= 1:
             raise ValueError(f"target must be a share of the dense MACs in (0, 1], found {target}")
         self.model = model
-        self.dense_macs = dense_macs
+        self.dense_cost = dense_cost
         self.steps = steps
         self.target = target
         self.exit_weighting = exit_weighting
@@ -135,22 +206,37 @@ class DynamicTask(nn.Module):
         self.stiffness = stiffness
         self.anneal = anneal
         self.label_smoothing = label_smoothing
+        self.teacher = _hidden(teacher)
+        self.distill = distill
+        self.distill_exits = distill_exits
+        self.information = information
         self.register_buffer("alpha", torch.tensor(alpha or 0.0))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
         decisions = decide(self.model, x)
-        share = losses.cost_share(decisions.cost, self.dense_macs)
+        share = losses.cost_share(decisions.cost, self.dense_cost)
         weight = self._cost_weight(_mean_over_processes(share.detach()))
-        loss = self._cross_entropy(decisions, y) + weight * share
+        loss = self._classify(decisions, x, y) + weight * share
+        if self.information and decisions.layer_prob.shape[1]:
+            loss = loss - self.information * losses.unit_information(decisions.layer_prob)
+        return {"loss": loss, **self._metrics(decisions, y, share, weight)}
+
+    def _metrics(self, decisions: Decisions, y: Tensor, share: Tensor, weight: Tensor) -> dict[str, Tensor]:
         return {
-            "loss": loss,
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
             "macs_share": share.detach(),
             "alpha": weight,
         }
+
+    def _classify(self, decisions: Decisions, x: Tensor, y: Tensor) -> Tensor:
+        """Cross entropies over the exits, the head's distance from the teacher and the earlier exits' from the head."""
+        loss = self._cross_entropy(decisions, y) + _distance(self.teacher, decisions.logits, x, self.distill)
+        for logits in decisions.exit_logits[:-1] if self.distill_exits else ():
+            loss = loss + self.distill_exits * losses.distillation(logits, decisions.exit_logits[-1])
+        return loss
 
     def _cross_entropy(self, decisions: Decisions, y: Tensor) -> Tensor:
         weights = losses.exit_weights(len(decisions.exit_logits), self.exit_weighting)
@@ -166,3 +252,117 @@ class DynamicTask(nn.Module):
             self.alpha += self.rate * (share - target)
             self.seen += 1
         return weight
+
+
+class ReinforceTask(DynamicTask):
+    """Layer gates trained by REINFORCE, the rest by the loss of what they let run (SkipNet, section 3.2, eq. 5, 6).
+
+    Decisions are sampled; they carry no gradient, and the likelihood of each is pushed by what was paid from it on,
+    less a baseline that does not depend on it. The paper's plain form is ``baseline="none", still=False,
+    normalise=False``; its reinforcement learning alone is ``supervised=False``.
+
+    Args:
+        model: a dynamic network with layer gates.
+        dense_cost: of the stock model for one image, in the unit of `Decisions.cost` (MACs, or see `set_price`).
+        steps: batches that this task will see.
+        unit_costs: C of each gated unit; None for 1.
+        beta: weight of the loss in the reward.
+        supervised: whether the network is trained by the loss as well.
+        baseline: ``greedy``, what the network is paid for the same image when it does not sample (self-critical);
+            ``average``, the moving average for each gate; ``none``.
+        still: batch norms use their running statistics, and leave them as they are.
+        normalise: divide what gates are paid by its deviation over the batch.
+        entropy: weight of the entropy of the gates' decisions, which is to grow.
+        **steering: `alpha` or `target` and the other options of `DynamicTask`.
+    """
+
+    average: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense_cost: float,
+        steps: int,
+        *,
+        unit_costs: Sequence[float] | None = None,
+        beta: float = 1.0,
+        supervised: bool = True,
+        baseline: str = "greedy",
+        still: bool = True,
+        normalise: bool = True,
+        entropy: float = 0.0,
+        **steering: Any,
+    ):
+        super().__init__(model, dense_cost, steps, **steering)
+        gates = len(getattr(model, "layer_gates", ()))
+        if not gates:
+            raise ValueError("reinforcement trains layer gates and the model has none: call add_layer_gates")
+        if baseline not in ("greedy", "average", "none"):
+            raise ValueError(f"baseline must be 'greedy', 'average' or 'none'; found {baseline!r}")
+        if unit_costs is not None and len(unit_costs) != gates:
+            raise ValueError(f"unit_costs needs one value for each of {gates} gated units; found {len(unit_costs)}")
+        self.unit_costs = [1.0] * gates if unit_costs is None else [float(cost) for cost in unit_costs]
+        self.beta = beta
+        self.supervised = supervised
+        self.baseline = baseline
+        self.still = still
+        self.normalise = normalise
+        self.entropy = entropy
+        self.register_buffer("average", torch.zeros(gates))
+
+    def train(self, mode: bool = True) -> ReinforceTask:
+        """Sets the mode; batch norms that are to be still stay in eval mode."""
+        super().train(mode)
+        for module in self.model.modules() if self.still else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
+        set_gating(self.model, "sample")
+        try:
+            decisions = decide(self.model, x)
+        finally:
+            set_gating(self.model, "hard")
+        share = losses.cost_share(decisions.cost, self.dense_cost)
+        weight = self._cost_weight(_mean_over_processes(share.detach()))
+        paid = self._paid(decisions, y, weight)
+        loss = losses.policy_gradient(decisions.layer_keep, decisions.layer_prob, self._advantage(paid, x, y, weight))
+        loss = loss - self.entropy * losses.gate_entropy(decisions.layer_prob)
+        if self.information:
+            loss = loss - self.information * losses.unit_information(decisions.layer_prob)
+        # without supervision the classifier still takes part, with a gradient of zero: processes wait for all gradients
+        loss = loss + (self._classify(decisions, x, y) if self.supervised else 0 * decisions.logits.sum())
+        return {"loss": loss, "paid": paid.mean(), **self._metrics(decisions, y, share, weight)}
+
+    def _paid(self, decisions: Decisions, y: Tensor, weight: Tensor) -> Tensor:
+        """[B, gates]: what follows each decision is worth."""
+        cross_entropy = F.cross_entropy(decisions.logits.detach().float(), y, reduction="none")
+        costs = torch.tensor(self.unit_costs, device=y.device)
+        return losses.skip_returns(cross_entropy, decisions.layer_keep, costs, weight, self.beta)
+
+    def _advantage(self, paid: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """What was paid, less the baseline."""
+        if self.baseline == "greedy":
+            paid = paid - self._paid(self._greedy(x), y, weight)
+        elif self.baseline == "average":
+            mean = _mean_over_processes(paid.mean(0))
+            before = torch.where(self.seen > 1, self.average, mean)
+            self.average.copy_(before + 0.05 * (mean - before))
+            paid = paid - before
+        return paid / paid.std().clamp_min(1e-6) if self.normalise else paid
+
+    @torch.no_grad()
+    def _greedy(self, x: Tensor) -> Decisions:
+        """What the network does when it does not sample: as in inference, leaving work out, where statistics stand."""
+        if not self.still:
+            return decide(self.model, x)
+        self.eval()
+        before = self.model.dynamic.execution  # type: ignore[union-attr]
+        set_execution(self.model, "skip")
+        try:
+            return decide(self.model, x)
+        finally:
+            set_execution(self.model, before)  # type: ignore[arg-type]
+            self.train()

@@ -355,6 +355,6 @@ def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
 def _keeps(what: str, given: float | Tensor, batch: int, columns: int, device: torch.device) -> Tensor:
     if not isinstance(given, Tensor):
         return torch.rand(batch, columns).to(device) < given
-    if given.shape != (batch, columns):
+    if given.shape not in ((batch, columns), (1, columns)):
         raise ValueError(f"force({what}=) needs a tensor of shape {(batch, columns)}; found {tuple(given.shape)}")
-    return given.to(device).bool()
+    return given.to(device).bool().expand(batch, columns)

@@ -3,7 +3,8 @@
 accelerate launch train_recipes/iadi.py
 """
 
-import options as opt
+import flags
+import options
 from loop import run
 from stages import Stage, add_all_gates, base_task, dynamic_task, warmup_task
 
@@ -14,34 +15,11 @@ STAGES = (
 )
 
 
-def main(
-    config: opt.Config = None,
-    output: opt.Output = None,
-    resume: opt.Resume = False,
-    model: opt.Model = "iadi_resnet20_cifar",
-    dataset: opt.DatasetName = "digits",
-    data_dir: opt.DataDir = opt.DATA_DIR,
-    download: opt.Download = False,
-    image_size: opt.ImageSize = None,
-    seed: opt.Seed = 0,
-    base: opt.Base = None,
-    gate: opt.Gate = "rnn",
-    alpha: opt.Alpha = None,
-    target: opt.Target = None,
-    batch_size: opt.BatchSize = 32,
-    accumulate: opt.Accumulate = 1,
-    precision: opt.Precision = "auto",
-    epochs_scale: opt.EpochsScale = 1.0,
-    max_steps: opt.MaxSteps = None,
-    evaluations: opt.Evaluations = 4,
-    checkpoint_every: opt.CheckpointEvery = 0,
-    workers: opt.Workers = None,
-    threads: opt.Threads = 0,
-    stage: opt.StageOption = None,
-) -> None:
+@flags.takes(flags.RUN, flags.TRAINING, flags.GATES, flags.CHANNELS, model="iadi_resnet20_cifar")
+def main(**values: object) -> None:
     """Train an IADI network; without options iadi_resnet20_cifar on the digits, to half of the dense MACs."""
-    run(STAGES, opt.settings("iadi", locals(), prefix="iadi_", target=0.5))
+    run(STAGES, options.settings("iadi", values, prefix="iadi_", target=0.5))
 
 
 if __name__ == "__main__":
-    opt.command(main)
+    options.command(main)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DataLoaderConfiguration, broadcast
+from accelerate.utils import broadcast
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import data as datasets
 import results
 from options import Settings
-from run_folder import Progress, RunError, RunFolder, load_weights, read_progress, read_training
-from stages import Outlook, Stage, planned
+from processes import Sums, make_accelerator, seed_everything, start_trackers, track
+from run_folder import BASE, SUMMARY, Progress, RunError, RunFolder, load_weights, read_progress, read_training
+from stages import STATIC, Outlook, Stage, planned
 from timm_dynamic import set_execution
-from timm_dynamic.evaluation import costs_of
+from timm_dynamic.evaluation import static_policy
 
 VAL_BATCH = 256
 
@@ -30,72 +33,60 @@ VAL_BATCH = 256
 def run(stages: tuple[Stage, ...], settings: Settings) -> None:
     """Train a network through the stages and leave the run's folder complete."""
     accelerator = make_accelerator(settings)
-    folder = RunFolder(settings.folder)
     stages = planned(stages, settings)
+    trained = _train(accelerator, stages, settings)
+    if settings.gain and any(stage.surgery is not None for stage in stages):
+        _compare_with_static(accelerator, stages, settings)
+    elif not trained:
+        accelerator.print(f"{settings.folder} holds a finished run: nothing to do")
+    accelerator.end_training()
+
+
+def _train(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settings) -> bool:
+    """Take a network through the stages; False if that was done before."""
+    folder = RunFolder(settings.folder)
     fixed = {**settings.fixed(), "stages": [stage.described() for stage in stages]}
     folder.check(fixed, settings.resume)
     if folder.finished():
-        accelerator.print(f"{folder.root} holds a finished run: nothing to do")
-        return
-    with accelerator.main_process_first():
-        data = datasets.load(
-            settings.dataset, settings.data_dir, settings.download, results.image_size(settings), settings.seed
-        )
+        return False
+    data = _load(accelerator, settings)
     seed_everything(settings.seed)
     model = results.base_model(settings, data)
     if accelerator.is_main_process:
         folder.create(fixed)
     accelerator.wait_for_everyone()
+    start_trackers(accelerator, settings)
     trainer = Trainer(accelerator, data, settings, folder, model)
     trainer.train(stages)
     results.finish(accelerator, trainer.model, trainer.val, data, settings, folder, trainer.progress.results["dense"])
-    accelerator.end_training()
+    return True
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Devices, processes, precision and accumulation, as asked for."""
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        gradient_accumulation_steps=settings.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
-    if settings.batch_size % (settings.accumulate * accelerator.num_processes):
-        raise RunError(
-            f"--batch-size {settings.batch_size} must be a multiple of --accumulate {settings.accumulate} times "
-            f"{accelerator.num_processes} processes"
-        )
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    return accelerator
+def _load(accelerator: Accelerator, settings: Settings) -> datasets.Data:
+    with accelerator.main_process_first():
+        size = results.image_size(settings)
+        return datasets.load(settings.dataset, settings.data_dir, settings.download, size, settings.seed)
 
 
-def seed_everything(*entropy: int) -> None:
-    """Seed torch from several numbers, so that what follows depends on nothing that came before."""
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
-class Sums:
-    """Sums of the metrics of batches, kept on the device."""
-
-    def __init__(self, start: dict[str, float], device: torch.device):
-        self.device = device
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = {name: torch.tensor(value, dtype=self.dtype, device=device) for name, value in start.items()}
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Count one batch in."""
-        for name, value in {**metrics, "count": torch.ones((), device=self.device)}.items():
-            self.values[name] = self.values.get(name, 0.0) + value.detach().to(self.dtype)
-
-    def to_dict(self) -> dict[str, float]:
-        """The sums as numbers."""
-        return {name: value.item() for name, value in self.values.items()}
-
-    def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over batches and processes; the sums start again at zero."""
-        total = accelerator.reduce(self.values, reduction="sum")
-        self.values = {}
-        return {name: (value / total["count"]).item() for name, value in total.items() if name != "count"}
+def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settings) -> None:
+    """Train the best static policy from the same base for as many steps, and note the adaptive gain."""
+    root = settings.folder
+    if "adaptive_gain" in json.loads((root / SUMMARY).read_text()):
+        return
+    data = _load(accelerator, settings)
+    model = timm.create_model(f"local-dir:{root}", pretrained=True, budget=False).to(accelerator.device)
+    policy = static_policy(model, datasets.val_loader(data, VAL_BATCH, settings.workers))
+    accelerator.print(f"now the best static policy, {policy}, for as long: its accuracy is what adapting has to beat")
+    gated = [stage for stage in stages if stage.name != "base" and stage.trains == "all"]
+    per_epoch = len(data.train) // settings.batch_size  # type: ignore[arg-type]
+    steps = sum(stage.steps(per_epoch, settings) for stage in gated)
+    stage = replace(STATIC, iterations=steps, lr=max(stage.lr for stage in gated))
+    changes: dict[str, Any] = {"method": "static", "policy": str(policy), "base": str(root / BASE), "stage": ()}
+    changes |= {"output": root / "static", "resume": True, "gain": False, "epochs_scale": 1.0, "max_steps": None}
+    _train(accelerator, (stage,), replace(settings, **changes))
+    if accelerator.is_main_process:
+        results.add_gain(root, policy)
+    accelerator.wait_for_everyone()
 
 
 @dataclass
@@ -109,6 +100,7 @@ class Running:
     scheduler: Scheduler
     sums: Sums
     bar: Any
+    ema: ModelEmaV3 | None
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -132,6 +124,8 @@ class Trainer:
         val_batch = max(1, VAL_BATCH // accelerator.num_processes) * accelerator.num_processes
         self.val = accelerator.prepare(datasets.val_loader(data, val_batch, settings.workers))
         self.images = len(data.train)  # type: ignore[arg-type]
+        if settings.grad_checkpointing:
+            self.model.set_grad_checkpointing(True)  # type: ignore[operator]
 
     def train(self, stages: tuple[Stage, ...]) -> None:
         """Run all stages, from the newest checkpoint if there is one."""
@@ -140,6 +134,7 @@ class Trainer:
         for index, stage in enumerate(stages):
             if stage.surgery is not None:
                 self._measure_dense()
+                self._keep_base()
                 seed_everything(self.settings.seed, index)
                 stage.surgery(self.model, self.settings)
                 self._placed(self.model)
@@ -169,6 +164,20 @@ class Trainer:
             found = results.measure(self.accelerator, self.model, self.val)
             self.progress.results["dense"] = {"accuracy": found.accuracy, "macs": found.macs}
 
+    def _keep_base(self) -> None:
+        """Save the stock network, before it has gates: to compare with, and to learn from."""
+        if hasattr(self.model, "dynamic"):
+            return
+        if self.accelerator.is_main_process and not (self.folder.root / BASE).exists():
+            results.save_base(self.model, self.folder.root / BASE, self.progress.results["dense"])
+        self.accelerator.wait_for_everyone()
+
+    def _teacher(self) -> nn.Module | None:
+        """The stock network as it was trained."""
+        if not self.settings.distill or not (self.folder.root / BASE).exists():
+            return None
+        return self._placed(timm.create_model(f"local-dir:{self.folder.root / BASE}", pretrained=True))
+
     # One stage -------------------------------------------------------------------------------------------------------
 
     def _run_stage(self, index: int, stage: Stage, checkpoint: Path | None) -> None:
@@ -177,43 +186,80 @@ class Trainer:
         running = self._start(stage, checkpoint)
         accumulate, start = self.settings.accumulate, self.progress.step * self.settings.accumulate
         loader = self._loader(index, start, running.steps * accumulate)
-        for batch, (x, y) in enumerate(loader, start):
-            seed_everything(self.settings.seed, index, batch, self.accelerator.process_index)
-            with self.accelerator.accumulate(running.task):
-                metrics = running.task(x.contiguous(memory_format=torch.channels_last), y)
-                self.accelerator.backward(metrics["loss"])
-                running.optimizer.step()
-                running.optimizer.zero_grad()
-            running.sums.add(metrics)
-            if self.accelerator.sync_gradients:
-                self.progress.step += 1
-                self.progress.total += 1
-                self._after_step(running)
-        running.bar.close()
+        try:
+            for batch, (x, y) in enumerate(loader, start):
+                seed_everything(self.settings.seed, index, batch, self.accelerator.process_index)
+                self._learn(running, x.contiguous(memory_format=torch.channels_last), y)
+        except (OSError, RuntimeError) as error:
+            raise self._explained(error, running) from error
+        finally:
+            running.bar.close()
+        if running.ema is not None:
+            self.model.load_state_dict(running.ema.module.state_dict())
         self.previous = dict(self._own_buffers(running.task))
         self.accelerator.free_memory()
+
+    def _learn(self, running: Running, x: Tensor, y: Tensor) -> None:
+        """One batch, and what is due after the optimiser's step if it was the last part of one."""
+        with self.accelerator.accumulate(running.task):
+            metrics = running.task(x, y)
+            self.accelerator.backward(metrics["loss"])
+            if self.settings.clip_grad and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+            running.optimizer.step()
+            running.optimizer.zero_grad()
+        running.sums.add(metrics)
+        if self.accelerator.sync_gradients:
+            self.progress.step += 1
+            self.progress.total += 1
+            if running.ema is not None:
+                running.ema.update(self.model, step=self.progress.step)
+            self._after_step(running)
+
+    def _explained(self, error: Exception, running: Running) -> Exception:
+        """What a full disk or a dead worker is to be called."""
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            return error
+        text = str(error).strip().splitlines()[-1]
+        return RunError(f"stage {running.stage.name} stopped at step {self.progress.step}: {text}; {self._kept()}")
+
+    def _kept(self) -> str:
+        last = self.folder.newest()
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def _start(self, stage: Stage, checkpoint: Path | None) -> Running:
         """Task, optimiser and schedule of a stage, at its start or as a checkpoint left them."""
         steps = stage.steps(self.images // self.settings.batch_size, self.settings)
-        dense = costs_of(self.model, self.data.input_size).dense
-        task = stage.task(self.model, Outlook(steps * self.settings.accumulate, dense, self.settings, self.previous))
-        task.to(self.accelerator.device)
-        optimizer = stage.optimizer(self.model)
+        task = stage.task(self.model, self._outlook(stage, steps)).to(self.accelerator.device)
+        optimizer = stage.optimizer(self.model, self.settings.plain)
+        ema = ModelEmaV3(self.model, self.settings.ema, use_warmup=True) if self.settings.ema else None
+        scaler = self.accelerator.scaler
         if checkpoint is not None:
             load_weights(self.model, checkpoint / "model.safetensors")
+            if ema is not None:
+                load_weights(ema.module, checkpoint / "ema.safetensors")
             state = read_training(checkpoint)
             optimizer.load_state_dict(state["optimizer"])
+            if scaler is not None:
+                scaler.load_state_dict(state["scaler"])
             for name, value in self._own_buffers(task).items():
                 value.copy_(state["task"][name])
         task.train()
+        if self.settings.compile:
+            task.compile()
         scheduler = stage.scheduler(optimizer, steps)
         scheduler.step_update(self.progress.step)
         task, prepared = self.accelerator.prepare(task, optimizer)
-        bar = tqdm(
-            total=steps, initial=self.progress.step, desc=stage.name, disable=not self.accelerator.is_main_process
-        )
-        return Running(stage, steps, task, prepared, scheduler, Sums(self.progress.sums, self.accelerator.device), bar)
+        quiet = not self.accelerator.is_main_process
+        bar = tqdm(total=steps, initial=self.progress.step, desc=stage.name, disable=quiet)
+        sums = Sums(self.progress.sums, self.accelerator.device)
+        return Running(stage, steps, task, prepared, scheduler, sums, bar, ema)
+
+    def _outlook(self, stage: Stage, steps: int) -> Outlook:
+        """What a stage's task is told."""
+        size, batches = self.data.input_size, steps * self.settings.accumulate
+        dense = results.price(self.model, size, self.settings, self.folder)
+        return Outlook(batches, dense, size, self.settings, self.previous, stage.alpha, self._teacher)
 
     def _own_buffers(self, task: nn.Module) -> dict[str, Tensor]:
         """Buffers of a task that are not the model's."""
@@ -249,20 +295,18 @@ class Trainer:
         if weights_too:
             fine = fine and all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
         if not fine:
-            running.bar.close()
-            last = self.folder.newest()
-            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             raise RunError(
-                f"the loss is not finite in stage {running.stage.name} at step {self.progress.step}; {kept}. "
+                f"the loss is not finite in stage {running.stage.name} at step {self.progress.step}; {self._kept()}. "
                 "Try a smaller learning rate, or --precision fp32"
             )
 
     def _evaluate(self, running: Running, lr: float) -> None:
         """Measure the network, and write a row of the metrics."""
         means = running.sums.take(self.accelerator)
-        for buffer in self.model.buffers() if self.accelerator.num_processes > 1 else ():
+        model = self.model if running.ema is None else running.ema.module
+        for buffer in model.buffers() if self.accelerator.num_processes > 1 else ():
             broadcast(buffer)  # the batch-norm statistics that are saved are the main process's
-        found = results.measure(self.accelerator, self.model, self.val)
+        found = results.measure(self.accelerator, model, self.val)
         row = {
             "stage": running.stage.name,
             "step": self.progress.total,
@@ -272,15 +316,18 @@ class Trainer:
             "keep_ratio": found.keep_ratio,
             "channel_keep_ratio": found.channel_keep_ratio,
             "policies": found.policies,
+            "policy_entropy": found.policy_entropy,
             "keep_variance": found.keep_variance,
             "macs_share_std": found.macs_share_std,
-            "exits": results.by_exit(self.accelerator, self.model, self.val, self.data.input_size),
+            "exits": results.by_exit(self.accelerator, model, self.val, self.data.input_size),
             "lr": lr,
             "train": means,
         }
         if self.accelerator.is_main_process:
             self.folder.add_row(row)
-        running.bar.set_postfix(accuracy=f"{found.accuracy:.4f}", macs=f"{found.macs_share:.2f}")
+        track(self.accelerator, row)
+        shown = {"accuracy": found.accuracy, "keep": found.keep_ratio, "macs": found.macs_share}
+        running.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
         running.task.train()
 
     def _save(self, running: Running) -> None:
@@ -288,7 +335,11 @@ class Trainer:
         self.progress.sums = running.sums.to_dict()
         if self.accelerator.is_main_process:
             buffers = self._own_buffers(running.task)
-            self.folder.save(self.model, running.raw_optimizer.state_dict(), buffers, self.progress)
+            scaler = self.accelerator.scaler
+            training = {"optimizer": running.raw_optimizer.state_dict(), "task": buffers}
+            training |= {} if scaler is None else {"scaler": scaler.state_dict()}
+            weights = {"model": self.model} | ({} if running.ema is None else {"ema": running.ema.module})
+            self.folder.save(weights, training, self.progress)
         self.accelerator.wait_for_everyone()
 
 

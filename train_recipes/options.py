@@ -7,18 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import typer
 import yaml
 
-from data import DataError
+from images import DataError
 from run_folder import RunError
 
 PREFIXES = ("skipnet_", "iadi_", "ddi_")
+TRACKERS = ("tensorboard", "trackio", "wandb")
 # What may differ when a run is resumed: it does not change the numbers.
-FREE = ("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every")
+FREE = ("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain")
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,42 @@ class Settings:
     resume: bool = False
     seed: int = 0
     base: str | None = None
-    method: str | None = None
-    gate: str = "rnn"
-    alpha: float | None = None
-    target: float | None = None
     batch_size: int = 32
     accumulate: int = 1
     precision: str = "auto"
+    clip_grad: float | None = None
+    ema: float = 0.0
+    compile: bool = False
+    grad_checkpointing: bool = False
     epochs_scale: float = 1.0
     max_steps: int | None = None
     evaluations: int = 4
     checkpoint_every: int = 0
+    tracker: tuple[str, ...] = ()
     workers: int | None = None
     threads: int = 0
     stage: tuple[str, ...] = ()
+    gate: str = "rnn"
+    gate_init: str = "random"
+    group_size: int = 16
+    channel_mode: str = "independent"
+    alpha: float | None = None
+    target: float | None = None
+    cost: str = "macs"
+    energy: Path | None = None
+    distill: float = 0.0
+    information: float = 0.0
+    exit_weighting: str = "uniform"
+    distill_exits: float = 0.0
+    method: str | None = None
+    beta: float = 1.0
+    unit_cost: str = "macs"
+    baseline: str = "greedy"
+    entropy: float = 0.0
+    plain: bool = False
+    keep: float = 0.6
+    policy: str | None = None
+    gain: bool = False
 
     @property
     def folder(self) -> Path:
@@ -79,26 +102,51 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
         target: taken where neither `alpha` nor `target` is given.
     """
     values = {key: value for key, value in values.items() if key != "config"}
-    values["stage"] = tuple(values.get("stage") or ())
+    for name in ("stage", "tracker"):
+        values[name] = tuple(values.get(name) or ())
     found = Settings(recipe=recipe, **values)
     if found.alpha is None and found.target is None:
         found = dataclasses.replace(found, target=target)
     if found.precision == "auto":
         found = dataclasses.replace(found, precision="bf16" if fast_bf16() else "fp32")
+    _check(found, prefix)
+    return found
+
+
+def _check(found: Settings, prefix: str) -> None:
+    """Refuse options that make no sense.
+
+    Raises:
+        RunError: which says what was wanted and found.
+    """
     other = [p for p in PREFIXES if found.model.startswith(p) and p != prefix]
     if other:
         wanted = f"{prefix}* or a stock model" if prefix else "a stock model"
-        raise RunError(f"{recipe}.py trains {wanted}; found --model {found.model}")
+        raise RunError(f"{found.recipe}.py trains {wanted}; found --model {found.model}")
     if found.alpha is not None and found.target is not None:
         raise RunError(f"give --alpha or --target, not both; found {found.alpha} and {found.target}")
     if found.target is not None and not 0 < found.target <= 1:
-        raise RunError(f"--target must be a share of the dense MACs in (0, 1]; found {found.target}")
-    for name in ("batch_size", "accumulate", "epochs_scale", "evaluations"):
+        raise RunError(f"--target must be a share of the dense cost in (0, 1]; found {found.target}")
+    for name in ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size"):
         if getattr(found, name) <= 0:
             raise RunError(f"--{name.replace('_', '-')} must be above 0; found {getattr(found, name)}")
+    for name in ("distill", "information", "distill_exits", "beta", "entropy"):
+        if getattr(found, name) < 0:
+            raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
+    for name in ("ema", "keep"):
+        if not 0 <= getattr(found, name) <= 1 or found.ema == 1:
+            raise RunError(f"--{name} must be in 0..1; found {getattr(found, name)}")
     if found.batch_size % found.accumulate:
         raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
-    return found
+    if found.precision == "fp16" and not torch.cuda.is_available():
+        raise RunError("--precision fp16 needs a GPU, whose losses it scales; use bf16 or fp32 here")
+    unknown = sorted(set(found.tracker) - set(TRACKERS))
+    if unknown:
+        raise RunError(f"--tracker must be one of {', '.join(TRACKERS)}; found {unknown[0]}")
+    if (found.energy is not None) != (found.cost == "energy_mj"):
+        raise RunError("--energy FILE and --cost energy_mj go together; found one without the other")
+    if (found.policy is not None) != (found.method == "static"):
+        raise RunError("--policy and --method static go together; found one without the other")
 
 
 def fast_bf16() -> bool:
@@ -140,41 +188,3 @@ def command(main: Callable[..., None]) -> None:
     except (RunError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-
-
-def _option(help: str, **more: Any) -> Any:
-    return typer.Option(help=help, **more)
-
-
-DATA_DIR = Path("data")
-
-Config = Annotated[
-    Path | None, _option("YAML file whose values are the defaults.", callback=read_config, is_eager=True)
-]
-Output = Annotated[Path | None, _option("Folder of the run; default runs/RECIPE-DATASET.")]
-Resume = Annotated[bool, _option("Go on from the newest whole checkpoint in --output.")]
-Model = Annotated[str, _option("Name of the network.")]
-DatasetName = Annotated[Literal["digits", "cifar10", "cifar100", "svhn", "folder"], _option("Data set.")]
-DataDir = Annotated[Path, _option("Where the data set is; for 'folder' it holds train/CLASS and val/CLASS.")]
-Download = Annotated[bool, _option("Let torchvision fetch the data set.")]
-ImageSize = Annotated[int | None, _option("Pixels a side; default: 32 for small networks, else the network's own.")]
-Seed = Annotated[int, _option("Of everything random.")]
-Base = Annotated[str | None, _option("Trained base: a saved folder, a .safetensors file, or a pretrained timm name.")]
-Method = Annotated[Literal["sp"], _option("Kind of training: sp, supervised with hard gates.")]
-Gate = Annotated[Literal["ff1", "ff2", "rnn", "linear"], _option("Kind of layer gate.")]
-Alpha = Annotated[float | None, _option("Fixed weight of the cost, which is a share of the dense MACs.")]
-Target = Annotated[float | None, _option("Share of the dense MACs that alpha is steered to, instead of --alpha.")]
-BatchSize = Annotated[int, _option("Images of one optimiser step, over all processes.")]
-Accumulate = Annotated[int, _option("Parts that a batch is computed in.")]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16"], _option("Of the forward pass in training; auto is bf16 where it is fast.")
-]
-EpochsScale = Annotated[float, _option("Factor on the length of every stage.")]
-MaxSteps = Annotated[int | None, _option("Most optimiser steps of a stage, for a dry run.")]
-Evaluations = Annotated[int, _option("Evaluations, each with a checkpoint, in every stage.")]
-CheckpointEvery = Annotated[int, _option("Further checkpoints every so many steps; 0 for none.")]
-Workers = Annotated[int | None, _option("Processes of each data loader; default: 0 for images held in memory, else 4.")]
-Threads = Annotated[
-    int, _option("CPU threads of each process; 0 for the launcher's choice, which is 1 under accelerate launch.")
-]
-StageOption = Annotated[list[str] | None, _option("Change a stage, as in iadi.epochs=20; may be given many times.")]

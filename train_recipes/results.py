@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import timm_dynamic as td
-from data import LARGEST_IN_MEMORY, Data
+from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
-from timm_dynamic.evaluation import Evaluation, costs_of, evaluate, latency
+from timm_dynamic.evaluation import Evaluation, Policy, costs_of, evaluate, latency
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
 
 TIMED_IMAGES = 20
+SMALL = ("digits", "cifar10", "cifar100", "svhn")
 ROUNDS = 60
 
 # The network at the beginning ----------------------------------------------------------------------------------------
@@ -31,7 +34,7 @@ def image_size(settings: Settings) -> int:
     """Pixels a side that the images are to have."""
     if settings.image_size:
         return settings.image_size
-    if settings.dataset != "folder":
+    if settings.dataset in SMALL:
         return 32
     cfg = timm.get_pretrained_cfg(settings.base_model)
     return cfg.input_size[-1] if cfg is not None else 224
@@ -66,6 +69,19 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
     except ValueError as error:
         raise RunError(f"--model {settings.model}: {error}") from error
     return model
+
+
+def save_base(model: nn.Module, folder: Path, dense: dict[str, Any]) -> None:
+    """Save the trained stock network whole, or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    save_pretrained(model, part, metrics={"dense": dense})
+    part.rename(folder)
+
+
+def price(model: nn.Module, input_size: tuple[int, int, int], settings: Settings, folder: RunFolder) -> float:
+    """Say what a gated network's cost is counted by in training; what the stock one costs for an image."""
+    return costs_of(model, input_size).dense
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -199,6 +215,21 @@ def _units(model: nn.Module, data: Data, found: Evaluation) -> list[dict[str, An
         {"name": unit.name, "stage": unit.stage, "skip_ratio": found.unit_skip.get(unit.name)}
         for unit in costs_of(model, data.input_size).units
     ]
+
+
+def add_gain(root: Path, policy: Policy) -> None:
+    """Note in a run's summary and report what its decisions gain over the best static policy."""
+    summary = json.loads((root / SUMMARY).read_text())
+    static = json.loads((root / "static" / SUMMARY).read_text())["dynamic"]["accuracy"]
+    summary["adaptive_gain"] = summary["dynamic"]["accuracy"] - static
+    summary["static"] = {"accuracy": static, "macs": policy.macs, "policy": str(policy), "share": policy.share}
+    write_json(root / SUMMARY, summary)
+    write_report(root)
+    Console().print(
+        f"adaptive gain {100 * summary['adaptive_gain']:+.2f} points: static {100 * static:.2f} % at "
+        f"{policy.macs / 1e6:.2f} M MACs, dynamic {100 * summary['dynamic']['accuracy']:.2f} % at "
+        f"{summary['dynamic']['macs'] / 1e6:.2f} M"
+    )
 
 
 def print_table(summary: dict[str, Any]) -> None:

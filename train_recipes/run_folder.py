@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SETTINGS, METRICS, CHECKPOINTS = "settings.json", "metrics.jsonl", "checkpoints"
-SUMMARY, REPORT = "summary.json", "report.html"
+SUMMARY, REPORT, BASE = "summary.json", "report.html", "base"
 KEPT = 2  # checkpoints
 
 
@@ -119,14 +119,21 @@ class RunFolder:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def save(self, model: nn.Module, optimizer: dict[str, Any], task: dict[str, Tensor], progress: Progress) -> None:
-        """Write a checkpoint: a temporary folder, then a rename; older ones but the last are removed."""
+    def save(self, weights: dict[str, nn.Module], training: dict[str, Any], progress: Progress) -> None:
+        """Write a checkpoint: a temporary folder, then a rename; older ones but the last are removed.
+
+        Args:
+            weights: networks whose weights to keep, by the name of their file.
+            training: state of what trains them.
+            progress: where the run is.
+        """
         target = self.checkpoints / f"{progress.total:08d}"
         part = self.checkpoints / f".{target.name}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(contiguous(model.state_dict()), part / "model.safetensors")
-        torch.save({"optimizer": optimizer, "task": task}, part / "training.pt")
+        for name, model in weights.items():
+            save_file(contiguous(model.state_dict()), part / f"{name}.safetensors")
+        torch.save(training, part / "training.pt")
         sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
         write_json(part / "state.json", {**asdict(progress), "sizes": sizes})
         for path in part.iterdir():
@@ -168,7 +175,7 @@ def read_progress(path: Path) -> Progress:
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """The optimiser's and the task's state at a checkpoint."""
+    """The state of the optimiser, of the task and of the loss scaler at a checkpoint."""
     return torch.load(path / "training.pt", map_location="cpu", weights_only=True)
 
 

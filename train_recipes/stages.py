@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import timm_dynamic as td
 from options import Settings
 from run_folder import RunError
-from timm_dynamic.tasks import GATES, BaseTask, DynamicTask, WarmupTask
+from timm_dynamic.evaluation import costs_of
+from timm_dynamic.surgery import force_always, set_gating, set_policy
+from timm_dynamic.tasks import GATES, BaseTask, DynamicTask, ExitsTask, ReinforceTask, WarmupTask
 
-CHANGEABLE = ("epochs", "iterations", "lr", "schedule", "milestones", "weight_decay", "gate_lr")
+CHANGEABLE = ("epochs", "iterations", "lr", "schedule", "milestones", "weight_decay", "gate_lr", "alpha")
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,21 @@ class Outlook:
 
     Attributes:
         batches: how many it will see.
-        dense_macs: MACs of the stock model for one image.
+        dense_cost: of the stock model for one image: MACs, milliseconds or millijoules.
+        input_size: of an image.
         settings: of the run.
         previous: buffers of the task of the stage before.
+        alpha: fixed weight of the cost in this stage, if it has its own.
+        teacher: gives the trained stock model, or None where it is not wanted.
     """
 
     batches: int
-    dense_macs: int
+    dense_cost: float
+    input_size: tuple[int, int, int]
     settings: Settings
     previous: dict[str, Tensor]
+    alpha: float | None
+    teacher: Callable[[], nn.Module | None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Stage:
         name: shown, and written in every row of the metrics.
         task: what is optimised: (model, outlook) -> module with ``forward(x, y) -> dict(loss=...)``.
         surgery: changes the model before the stage.
-        trains: all parameters, or those of the gates only.
+        trains: all parameters, or those of the gates or of the exits only.
         epochs: length, unless ``iterations`` is given.
         iterations: length in optimiser steps.
         lr: learning rate at the start, for SGD with momentum 0.9.
@@ -54,12 +62,13 @@ class Stage:
         weight_decay: on every parameter.
         gate_lr: learning rate of the gates as a share of ``lr``. Slow gates stay undecided for longer, and end up
             looking at the image instead of always open or always shut.
+        alpha: weight of the cost in this stage, instead of the run's --alpha or --target.
     """
 
     name: str
     task: Callable[[nn.Module, Outlook], nn.Module]
     surgery: Callable[[nn.Module, Settings], Any] | None = None
-    trains: Literal["all", "gates"] = "all"
+    trains: Literal["all", "gates", "exits"] = "all"
     epochs: float = 1.0
     iterations: int | None = None
     lr: float = 0.1
@@ -67,6 +76,7 @@ class Stage:
     milestones: tuple[float, ...] = (0.5, 0.75)
     weight_decay: float = 1e-4
     gate_lr: float = 1.0
+    alpha: float | None = None
 
     def steps(self, per_epoch: int, settings: Settings) -> int:
         """Optimiser steps of the stage."""
@@ -74,16 +84,18 @@ class Stage:
         steps = max(1, round(wanted * settings.epochs_scale))
         return min(steps, settings.max_steps) if settings.max_steps else steps
 
-    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD over what the stage trains; everything else is frozen."""
+    def optimizer(self, model: nn.Module, plain: bool = False) -> torch.optim.SGD:
+        """SGD over what the stage trains; everything else is frozen. plain: gates learn as fast as the rest."""
         gates: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
-            is_gate = name.split(".")[0] in GATES
-            parameter.requires_grad_(is_gate or self.trains == "all")
-            (gates if is_gate else rest).append(parameter)
-        groups = [{"params": gates, "lr_scale": self.gate_lr}] if gates else []
-        groups += [{"params": rest}] if self.trains == "all" else []
+            part = "gates" if name.split(".")[0] in GATES else name.split(".")[0]
+            parameter.requires_grad_(self.trains in ("all", part))
+            if parameter.requires_grad:
+                (gates if part == "gates" else rest).append(parameter)
+        gate_lr = 1.0 if plain else self.gate_lr
+        groups = [{"params": gates, "lr_scale": gate_lr}] if gates else []
+        groups += [{"params": rest}] if rest else []
         return torch.optim.SGD(groups, self.lr, momentum=0.9, weight_decay=self.weight_decay)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
@@ -113,7 +125,7 @@ class Stage:
 
 def _numbers(key: str, value: str) -> int | float | tuple[float, ...]:
     if key == "milestones":
-        return tuple(float(part) for part in value.strip("[]()").split(","))
+        return tuple(float(part) for part in value.strip("[]()").split(",") if part.strip())
     return int(value) if key == "iterations" else float(value)
 
 
@@ -135,14 +147,26 @@ def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
 
 
 def add_layer_gates(model: nn.Module, settings: Settings) -> None:
-    """Layer gates as the SkipNet paper starts them: at random."""
-    td.add_layer_gates(model, td.LayerGateConfig(kind=settings.gate, init="random"))
+    """Layer gates, as the SkipNet paper starts them: at random."""
+    td.add_layer_gates(model, td.LayerGateConfig(kind=settings.gate, init=settings.gate_init))
+
+
+def add_soft_gates(model: nn.Module, settings: Settings) -> None:
+    """Layer gates that keep in part while training (SkipNet, table 3)."""
+    add_layer_gates(model, settings)
+    set_gating(model, "soft")
+
+
+def add_channel_gates(model: nn.Module, settings: Settings) -> None:
+    """Channel gates alone."""
+    config = {"group_size": settings.group_size, "mode": settings.channel_mode, "init": settings.gate_init}
+    td.add_channel_gates(model, config)
 
 
 def add_all_gates(model: nn.Module, settings: Settings) -> None:
     """Layer and channel gates (IADI)."""
     add_layer_gates(model, settings)
-    td.add_channel_gates(model, td.ChannelGateConfig(init="random"))
+    add_channel_gates(model, settings)
 
 
 def add_exits(model: nn.Module, settings: Settings) -> None:
@@ -150,12 +174,31 @@ def add_exits(model: nn.Module, settings: Settings) -> None:
     td.add_exits(model)
 
 
+def drop_at_random(model: nn.Module, settings: Settings) -> None:
+    """Units dropped at random in training and in inference (SDV): gates that nobody asks."""
+    td.add_layer_gates(model, settings.gate)
+    force_always(model, layer_keep=settings.keep)
+
+
+def fix_policy(model: nn.Module, settings: Settings) -> None:
+    """One policy for all images, held by the gates' thresholds in inference too."""
+    layers, _, channels = (settings.policy or "").partition(":")
+    try:
+        if layers:
+            td.add_layer_gates(model, settings.gate)
+        if channels:
+            add_channel_gates(model, settings)
+        set_policy(model, layers, channels)
+    except ValueError as error:
+        raise RunError(f"--policy {settings.policy!r}: {error}") from error
+
+
 # What a stage optimises ----------------------------------------------------------------------------------------------
 
 
 def base_task(model: nn.Module, outlook: Outlook) -> nn.Module:
-    """Cross entropy."""
-    return BaseTask(model)
+    """Cross entropy, and the distance from a teacher where there is one."""
+    return BaseTask(model, teacher=outlook.teacher(), distill=outlook.settings.distill)
 
 
 def warmup_task(model: nn.Module, outlook: Outlook) -> nn.Module:
@@ -163,18 +206,69 @@ def warmup_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     return WarmupTask(model)
 
 
-def dynamic_task(model: nn.Module, outlook: Outlook) -> nn.Module:
-    """Cross entropy plus cost; a stage after another of this kind goes on with its alpha, at the target already."""
+def _steering(outlook: Outlook) -> dict[str, Any]:
+    """What a task with a cost term is told; after another of its kind it is at the target already."""
     settings = outlook.settings
-    going_on = "alpha" in outlook.previous
-    task = DynamicTask(
-        model,
-        outlook.dense_macs,
-        outlook.batches,
-        alpha=settings.alpha,
-        target=settings.target,
-        anneal=0.0 if going_on else 0.5,
-    )
-    if going_on:
+    return {
+        "alpha": settings.alpha if outlook.alpha is None else outlook.alpha,
+        "target": settings.target if outlook.alpha is None else None,
+        "anneal": 0.0 if "alpha" in outlook.previous else 0.5,
+        "exit_weighting": settings.exit_weighting,
+        "distill_exits": settings.distill_exits,
+        "teacher": outlook.teacher(),
+        "distill": settings.distill,
+        "information": 0.0 if settings.plain else settings.information,
+    }
+
+
+def dynamic_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Cross entropy plus cost; a stage after another of this kind goes on with its alpha."""
+    return _going_on(DynamicTask(model, outlook.dense_cost, outlook.batches, **_steering(outlook)), outlook)
+
+
+def exits_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Exits of a network that stands still."""
+    return ExitsTask(model, outlook.settings.exit_weighting)  # type: ignore[arg-type]
+
+
+def _going_on(task: DynamicTask, outlook: Outlook) -> DynamicTask:
+    """A task that is steered starts with the alpha that the stage before it found."""
+    if task.target is not None and "alpha" in outlook.previous:
         task.alpha.copy_(outlook.previous["alpha"])
     return task
+
+
+def hybrid_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Hybrid reinforcement learning; batch norms stand still only in a network that is trained."""
+    return _reinforcing(model, outlook, supervised=True)
+
+
+def reinforce_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Reinforcement learning alone."""
+    return _reinforcing(model, outlook, supervised=False)
+
+
+def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Module:
+    settings = outlook.settings
+    plain, costs = settings.plain, None
+    if settings.unit_cost == "macs":
+        units = [unit.branch for unit in costs_of(model, outlook.input_size).units if unit.skippable]
+        costs = [cost * len(units) / sum(units) for cost in units]
+    task = ReinforceTask(
+        model,
+        outlook.dense_cost,
+        outlook.batches,
+        unit_costs=costs,
+        beta=settings.beta,
+        supervised=supervised,
+        baseline="none" if plain else settings.baseline,
+        still=bool(outlook.previous) and not plain,
+        normalise=not plain,
+        entropy=0.0 if plain else settings.entropy,
+        **_steering(outlook),
+    )
+    return _going_on(task, outlook)
+
+
+# The network that adapting has to beat; its length is that of what it is compared with.
+STATIC = Stage("static", base_task, surgery=fix_policy, epochs=25, lr=0.1)

@@ -1,0 +1,159 @@
+"""Train the papers' variants side by side, over several seeds, and say which of their claims hold.
+
+accelerate launch train_recipes/compare.py skipnet
+accelerate launch train_recipes/compare.py ddi
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import options
+import skipnet
+from base import STAGES as BASE_STAGES
+from ddi import STAGES as DDI_STAGES
+from iadi import STAGES as IADI_STAGES
+from loop import run
+from run_folder import SUMMARY, RunError, write_json
+from stages import Stage, add_channel_gates, add_exits, add_layer_gates, exits_task
+from timm_dynamic.comparison import Claim, write_comparison
+
+_WARMUP, _IADI, _DDI = IADI_STAGES[1], IADI_STAGES[2], DDI_STAGES[3]
+LAYERS = (replace(_WARMUP, surgery=add_layer_gates), replace(_IADI, name="layers"))
+CHANNELS = (replace(_WARMUP, surgery=add_channel_gates), replace(_IADI, name="channels"))
+CUT = (*IADI_STAGES, Stage("cut", exits_task, surgery=add_exits, trains="exits", epochs=_DDI.epochs, lr=_DDI.lr))
+PREFIX = {"base": "", "skipnet": "skipnet_", "iadi": "iadi_", "ddi": "ddi_"}
+
+
+@dataclass
+class Bench:
+    """Runs of one seed, each in a folder of its own; what is finished is not run again."""
+
+    root: Path
+    seed: int
+    common: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def train(
+        self, name: str, recipe: str, stages: tuple[Stage, ...], model: str = "resnet20_cifar", **values: Any
+    ) -> dict[str, Any]:
+        """Run a recipe; its summary."""
+        folder = self.root / f"seed{self.seed}" / name.replace(" ", "_")
+        if not (folder / SUMMARY).exists() or values.get("gain"):
+            given = {**self.common, "model": PREFIX[recipe] + model, "seed": self.seed, **values}
+            given |= {"output": folder, "resume": True}
+            run(stages, options.settings(recipe, given, PREFIX[recipe]))
+        return json.loads((folder / SUMMARY).read_text())
+
+    def add(self, name: str, found: dict[str, Any], dense: float, **more: Any) -> None:
+        """Note one point: accuracy, share of the dense MACs and how much it adapts."""
+        self.rows.append(
+            {"variant": name, "seed": self.seed, "accuracy": found["accuracy"], "macs_share": found["macs"] / dense}
+            | {key: more.get(key) for key in ("keep_ratio", "policies", "policy_entropy", "macs_share_std")}
+        )
+
+    def measure(self, name: str, recipe: str, stages: tuple[Stage, ...], **values: Any) -> dict[str, Any]:
+        """Run a recipe and note its network, and the best static policy beside it."""
+        summary = self.train(name, recipe, stages, **values)
+        dense = summary["dense"]["macs"]
+        self.add(name, summary["dynamic"], dense, **summary["decisions"])
+        if "static" in summary:
+            self.add(f"{name}, static", summary["static"], dense)
+        return summary
+
+
+def skipnet_study(bench: Bench, target: float) -> None:
+    """The SkipNet paper's variants, all but those from scratch from one base (section 4, fig. 6, 10b, table 3)."""
+    base = bench.train("base", "base", BASE_STAGES)
+    bench.add("dense", base["dynamic"], base["dense"]["macs"])
+    folder = str(bench.root / f"seed{bench.seed}" / "base")
+    ours = {"base": folder, "target": target}
+    both = bench.measure("sp+hrl", "skipnet", skipnet.METHODS["sp+hrl"], method="sp+hrl", gain=True, **ours)
+    bench.measure("sp", "skipnet", skipnet.METHODS["sp"], method="sp", **ours)
+    bench.measure("soft", "skipnet", skipnet.METHODS["soft"], method="soft", **ours)
+    bench.measure("hrl", "skipnet", skipnet.METHODS["hrl"], method="hrl", target=target)
+    bench.measure("rl", "skipnet", skipnet.METHODS["rl"], method="rl", target=target)
+    keep = round(both["dynamic"]["keep_ratio"], 3)
+    bench.measure("sdv", "skipnet", skipnet.METHODS["sdv"], method="sdv", base=folder, keep=keep)
+
+
+def ddi_study(bench: Bench, target: float) -> None:
+    """What layers, channels and exits give, alone and together (DDI, sections 3 and 4)."""
+    base = bench.train("base", "base", BASE_STAGES)
+    bench.add("dense", base["dynamic"], base["dense"]["macs"])
+    ours = {"base": str(bench.root / f"seed{bench.seed}" / "base"), "target": target}
+    bench.measure("layers", "skipnet", LAYERS, gain=True, **ours)
+    bench.measure("channels", "iadi", CHANNELS, gain=True, **ours)
+    bench.measure("iadi", "iadi", IADI_STAGES, gain=True, **ours)
+    joint = bench.measure("ddi", "ddi", DDI_STAGES, **ours)
+    cut = bench.measure("cut", "ddi", CUT, **ours)
+    for name, summary in (("ddi", joint), ("cut", cut)):
+        for row in summary["exits"]:
+            bench.add(f"{name}, exit {row['exit']}", row, summary["dense"]["macs"])
+        for k, row in enumerate(summary["budgets"]):
+            bench.add(f"{name}, budget {k + 1}", row, summary["dense"]["macs"])
+
+
+SKIPNET_CLAIMS = (
+    Claim("SP+HRL is within 1 point of the dense base", "sp+hrl", "dense", allowed=0.01),
+    Claim("hard gates beat soft ones at equal cost (table 3)", "sp", "soft"),
+    Claim("SP+HRL beats HRL from scratch (fig. 10b)", "sp+hrl", "hrl"),
+    Claim("HRL from scratch beats RL alone (fig. 10b)", "hrl", "rl"),
+    Claim("learned skipping beats SDV at equal skip ratio (fig. 6)", "sp+hrl", "sdv"),
+    Claim("adapting beats the best static policy (the adaptive gain)", "sp+hrl", "sp+hrl, static"),
+)
+DDI_CLAIMS = (
+    Claim("IADI beats layer skipping alone at equal MACs", "iadi", "layers"),
+    Claim("IADI beats channel skipping alone at equal MACs", "iadi", "channels"),
+    Claim("adaptive gain of layer gates", "layers", "layers, static"),
+    Claim("adaptive gain of channel gates", "channels", "channels, static"),
+    Claim("adaptive gain of both", "iadi", "iadi, static"),
+    *(
+        Claim(f"DDI beats IADI cut without joint training: {where}", f"ddi, {where}", f"cut, {where}")
+        for where in ("exit 0", "exit 1", "budget 1", "budget 2", "budget 3")
+    ),
+)
+STUDIES: dict[str, tuple[Callable[[Bench, float], None], tuple[Claim, ...], float]] = {
+    "skipnet": (skipnet_study, SKIPNET_CLAIMS, 0.4),
+    "ddi": (ddi_study, DDI_CLAIMS, 0.5),
+}
+
+
+def main(
+    study: Annotated[Literal["skipnet", "ddi"], typer.Argument(help="Which paper's variants.")],
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/compare-STUDY-DATASET.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds, one option each; default 0 to 4.")] = None,
+    target: Annotated[float | None, typer.Option(help="Share of the dense MACs; default 0.4 skipnet, 0.5 ddi.")] = None,
+    dataset: Annotated[str, typer.Option(help="As in the recipes.")] = "digits",
+    data_dir: Annotated[Path, typer.Option(help="As in the recipes.")] = Path("data"),
+    epochs_scale: Annotated[float, typer.Option(help="Factor on the length of every stage.")] = 1.0,
+    max_steps: Annotated[int | None, typer.Option(help="Most optimiser steps of a stage, for a dry run.")] = None,
+    threads: Annotated[int, typer.Option(help="As in the recipes.")] = 0,
+) -> None:
+    """Train the variants of a study over several seeds; runs that are finished are not run again.
+
+    Several of these commands may share an output folder, each with its own seeds: the last one's report has them all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("compare.py runs in one process: its seeds can be run side by side instead")
+    root = output or Path("runs") / f"compare-{study}-{dataset}"
+    common = {"dataset": dataset, "data_dir": data_dir, "epochs_scale": epochs_scale, "max_steps": max_steps}
+    common |= {"threads": threads, "evaluations": 2}
+    train, claims, usual = STUDIES[study]
+    for one in seed or range(5):
+        bench = Bench(root, one, common)
+        train(bench, target or usual)
+        write_json(root / f"seed{one}" / "rows.json", bench.rows)
+    found = [json.loads(path.read_text()) for path in sorted(root.glob("seed*/rows.json"))]
+    write_comparison(root, f"{study} on {dataset}", [row for rows in found for row in rows], claims)
+
+
+if __name__ == "__main__":
+    options.command(main)

@@ -1,0 +1,121 @@
+"""The recipes' command-line options: kind and help of each, and the groups that a recipe takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from options import Settings, read_config
+
+
+def _flag(kind: Any, help: str, **more: Any) -> Any:
+    return Annotated[kind, typer.Option(help=help, **more)]
+
+
+FLAGS = {
+    # What and where
+    "config": _flag(Path | None, "YAML file whose values are the defaults.", callback=read_config, is_eager=True),
+    "output": _flag(Path | None, "Folder of the run; default runs/RECIPE-DATASET."),
+    "resume": _flag(bool, "Go on from the newest whole checkpoint in --output."),
+    "model": _flag(str, "Name of the network."),
+    "dataset": _flag(
+        str,
+        "digits, cifar10, cifar100, svhn (with its extra set), imagenet, folder, or hfds/NAME for a data set of the "
+        "Hugging Face Hub, read by timm.",
+    ),
+    "data_dir": _flag(Path, "Where the data set is; for imagenet and folder it holds train/CLASS and val/CLASS."),
+    "download": _flag(bool, "Let torchvision or timm fetch the data set."),
+    "image_size": _flag(int | None, "Pixels a side; default: 32 for small networks, else the network's own."),
+    "seed": _flag(int, "Of everything random."),
+    "base": _flag(str | None, "Trained base: a saved folder, a .safetensors file, or a pretrained timm name."),
+    # Training
+    "batch_size": _flag(int, "Images of one optimiser step, over all processes."),
+    "accumulate": _flag(int, "Parts that a batch is computed in."),
+    "precision": _flag(
+        Literal["auto", "fp32", "bf16", "fp16"],
+        "Of the forward pass in training; auto is bf16 where it is fast, fp16 needs a GPU.",
+    ),
+    "clip_grad": _flag(float | None, "Largest norm of the gradient."),
+    "ema": _flag(float, "Decay of a moving average of the weights, which is measured and saved; 0 for none."),
+    "compile": _flag(bool, "Compile the training step with torch.compile."),
+    "grad_checkpointing": _flag(bool, "Compute units again in the backward pass, to save memory."),
+    "epochs_scale": _flag(float, "Factor on the length of every stage."),
+    "max_steps": _flag(int | None, "Most optimiser steps of a stage, for a dry run."),
+    "evaluations": _flag(int, "Evaluations, each with a checkpoint, in every stage."),
+    "checkpoint_every": _flag(int, "Further checkpoints every so many steps; 0 for none."),
+    "tracker": _flag(
+        list[str] | None, "Log to a tracker too: tensorboard, trackio or wandb; may be given several times."
+    ),
+    "workers": _flag(int | None, "Processes of each data loader; default: 0 for images held in memory, else 4."),
+    "threads": _flag(
+        int, "CPU threads of each process; 0 for the launcher's choice, which is 1 under accelerate launch."
+    ),
+    "stage": _flag(list[str] | None, "Change a stage, as in iadi.epochs=20; may be given many times."),
+    # Gates and what they cost
+    "gate": _flag(Literal["ff1", "ff2", "rnn", "linear"], "Kind of layer gate."),
+    "gate_init": _flag(Literal["random", "open"], "How gates start: as published, or keeping everything."),
+    "group_size": _flag(int, "Hidden channels that a channel gate decides on together; 1 is the paper's form."),
+    "channel_mode": _flag(Literal["independent", "nested"], "Any groups of channels, or the first few of them."),
+    "alpha": _flag(float | None, "Fixed weight of the cost, which is a share of the dense network's."),
+    "target": _flag(float | None, "Share of the dense cost that alpha is steered to, instead of --alpha."),
+    "cost": _flag(
+        Literal["macs", "latency_ms", "energy_mj"], "What is counted as cost; milliseconds are measured at the start."
+    ),
+    "energy": _flag(Path | None, "JSON file with energy constants, or with a value for every unit."),
+    "distill": _flag(float, "Weight of the distance from the dense base's logits."),
+    "information": _flag(float, "Weight of what layer gates tell about the image, which is to grow."),
+    # Exits
+    "exit_weighting": _flag(Literal["uniform", "linear"], "Weights of the exits in the loss."),
+    "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
+    # SkipNet
+    "method": _flag(
+        Literal["sp", "soft", "sp+hrl", "hrl", "rl", "sdv", "static"],
+        "sp: supervised, hard gates; soft: supervised, soft gates; sp+hrl: then hybrid reinforcement learning; "
+        "hrl: that from scratch; rl: without supervision; sdv: units dropped at random; static: one --policy for all.",
+    ),
+    "beta": _flag(float, "Weight of the loss in what gates are paid."),
+    "unit_cost": _flag(Literal["one", "macs"], "What a gate is paid for skipping: the same for all, or by the MACs."),
+    "baseline": _flag(
+        Literal["greedy", "average", "none"], "What is taken off: the unsampled policy's pay, a moving average."
+    ),
+    "entropy": _flag(float, "Weight of the entropy of sampled gates, which is to grow."),
+    "plain": _flag(bool, "The paper's plain form: no baseline, moving batch norms, no added terms, gates as fast."),
+    "keep": _flag(float, "Share of the units that sdv runs."),
+    "policy": _flag(str | None, "For static: 1 or 0 for each gated unit, as in 11010110."),
+    "gain": _flag(bool, "Afterwards train the best static policy for as long, and report the adaptive gain."),
+}
+
+RUN = ("config", "output", "resume", "model", "dataset", "data_dir", "download", "image_size", "seed")
+TRAINING = (
+    *("batch_size", "accumulate", "precision", "clip_grad", "ema", "compile", "grad_checkpointing", "epochs_scale"),
+    *("max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
+)
+GATES = ("base", "gate", "gate_init", "alpha", "target", "cost", "energy", "distill", "information", "gain")
+CHANNELS = ("group_size", "channel_mode")
+EXITS = ("exit_weighting", "distill_exits")
+REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "plain", "keep", "policy")
+
+
+def takes(*groups: tuple[str, ...], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a recipe's ``main(**values)`` the options of some groups.
+
+    Args:
+        *groups: names of options.
+        **defaults: where they differ from those of `Settings`.
+    """
+
+    def parameter(name: str) -> inspect.Parameter:
+        default = defaults.get(name, getattr(Settings, name, None))
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=FLAGS[name])
+
+    def give(main: Callable[..., None]) -> Callable[..., None]:
+        parameters = [parameter(name) for group in groups for name in group]
+        main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        main.__annotations__ = {one.name: one.annotation for one in parameters}
+        return main
+
+    return give

@@ -1,0 +1,143 @@
+"""What a data set is, and data sets whose images are held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Key = tuple[int, int]  # (epoch, index)
+LARGEST_IN_MEMORY = 64  # pixels a side; a folder of images larger than that is decoded as it is read
+
+
+class DataError(Exception):
+    """A data set that is missing or empty."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for training.
+
+    Attributes:
+        train: gives a whole batch (x [B, C, H, W], y [B]) for a list of (epoch, index).
+        val: the same for a list of indices.
+        classes: names of the classes.
+        mean: of each channel, on a scale of 0..1.
+        std: of each channel.
+        input_size: (channels, height, width).
+    """
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int, int]
+
+
+class Images(Dataset[Any]):
+    """Images held in memory, not augmented.
+
+    Args:
+        pixels: uint8 [N, C, H, W].
+        labels: int64 [N].
+        mean: of each channel.
+        std: of each channel.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]):
+        self.pixels = pixels
+        self.labels = labels
+        self.scale = 1 / (255 * torch.tensor(std).reshape(-1, 1, 1))
+        self.shift = -torch.tensor(mean).reshape(-1, 1, 1) / torch.tensor(std).reshape(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.normalise(self.pixels[indices]), self.labels[indices]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> float, channels-last in memory."""
+        return (pixels * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+
+
+class Augmented(Dataset[Any]):
+    """Training images from memory, shifted by up to ``shift`` pixels and mirrored at random.
+
+    Args:
+        images: the images.
+        shift: largest shift; the border is filled with black (a crop from the padded image).
+        flip: whether to mirror every second image.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, images: Images, shift: int, flip: bool, seed: int):
+        self.images = images
+        self.shift = shift
+        self.flip = flip
+        self.seed = seed
+        self.drawn: tuple[int, Tensor, Tensor] = (-1, torch.empty(0), torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def draws(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """For every image of an epoch: offsets [N, 2] in 0..2 * shift, and whether it is mirrored [N]."""
+        if self.drawn[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            offsets = torch.from_numpy(rng.integers(0, 2 * self.shift + 1, size=(len(self), 2)))
+            mirrored = torch.from_numpy(rng.random(len(self)) < (0.5 if self.flip else 0.0))
+            self.drawn = (epoch, offsets, mirrored)
+        return self.drawn[1:]
+
+    def __getitems__(self, keys: list[Key]) -> tuple[Tensor, Tensor]:
+        indices = [index for _, index in keys]
+        pixels = self.images.pixels[indices]
+        if self.shift or self.flip:
+            epochs = {epoch: self.draws(epoch) for epoch in sorted({epoch for epoch, _ in keys})}
+            offsets = torch.stack([epochs[epoch][0][index] for epoch, index in keys])
+            mirrored = torch.stack([epochs[epoch][1][index] for epoch, index in keys])
+            pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets, mirrored, pixels.shape[2:])
+        return self.images.normalise(pixels), self.images.labels[indices]
+
+
+def _crop(padded: Tensor, offsets: Tensor, mirrored: Tensor, size: Sequence[int]) -> Tensor:
+    """A window of each image. padded: [B, C, H', W'], offsets: [B, 2], mirrored: [B] -> [B, C, H, W]."""
+    height, width = size
+    rows = offsets[:, :1] + torch.arange(height)  # [B, H]
+    columns = torch.arange(width).expand(len(padded), -1)
+    columns = offsets[:, 1:] + torch.where(mirrored[:, None], columns.flip(1), columns)  # [B, W]
+    image = torch.arange(len(padded))[:, None, None]
+    cropped = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # [B, H, W, C]
+    return cropped.permute(0, 3, 1, 2)
+
+
+def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel on a scale of 0..1, to four digits. pixels: uint8 [N, C, H, W]."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(pixels.shape[1]):
+        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in pixels[:, channel].split(10_000))
+        share = torch.as_tensor(counts).double() / torch.as_tensor(counts).sum()
+        mean = (share * values).sum()
+        means.append(round(mean.item(), 4))
+        deviations.append(round((share * (values - mean) ** 2).sum().sqrt().item(), 4))
+    return tuple(means), tuple(deviations)
+
+
+def in_memory(
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: Sequence[str], shift: int, flip: bool, seed: int
+) -> Data:
+    """A data set from pixels uint8 [N, C, H, W] and labels [N], normalised by the training set's statistics."""
+    mean, std = channel_statistics(train[0])
+    images = Images(*train, mean, std)
+    _, channels, height, width = train[0].shape
+    augmented = Augmented(images, shift, flip, seed)
+    return Data(augmented, Images(*val, mean, std), tuple(classes), mean, std, (channels, height, width))
