@@ -205,14 +205,22 @@ class EnergyConfig(Config):
     Attributes:
         pj_per_mac: of one multiply-add.
         pj_per_byte: of one byte of weights, inputs or outputs, read or written once.
+        parts: measured millijoules of every part of the stock model by name ("stem", the units' names, "leave 0" and
+            so on for transitions, "head") and of exits ("exit 0" and so on). What gates cost then stays what the
+            constants say.
     """
 
     pj_per_mac: float = 4.6
     pj_per_byte: float = 160.0
+    parts: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         positive("pj_per_mac", self.pj_per_mac)
         positive("pj_per_byte", self.pj_per_byte)
+        if self.parts is not None and not isinstance(self.parts, dict):
+            raise ValueError(f"parts must be a dict of millijoules by name; found {type(self.parts).__name__}")
+        for name, value in (self.parts or {}).items():
+            positive(f"parts[{name!r}]", value)
 
 
 def check_input_size(size: Any) -> tuple[int, int, int]:

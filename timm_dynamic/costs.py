@@ -1,22 +1,12 @@
-"""What the parts of a network cost, and their multiply-adds, counted from shapes once for each input size.
+"""What the parts of a network cost: an image's cost is a sum over what it ran."""
 
-The parts are run one by one on the meta device under torch's own flop counter, so that a cost is what the counter
-would see (1 MAC = 2 FLOPs). An image's cost is then a sum over what it ran.
-"""
-
-import copy
 import dataclasses
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from . import families
-from .units import branch, close, join, run_dense, shortcut
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -194,21 +184,58 @@ class CostTable:
 
     def by_channel(self) -> "CostTable":
         """The same table, units paid by the channels that run: a smooth cost to train for."""
-        return dataclasses.replace(self, units=tuple(dataclasses.replace(u, divisible=True) for u in self.units))
+        return replace(self, units=tuple(replace(u, divisible=True) for u in self.units))
 
     def scaled(self, factor: float, machine: str) -> "CostTable":
         """The same table with every cost multiplied."""
 
         def times(row: Any) -> Any:
             names = [f.name for f in dataclasses.fields(row)]
-            return dataclasses.replace(row, **{n: getattr(row, n) * factor for n in names if n in _COSTS})
+            return replace(row, **{n: getattr(row, n) * factor for n in names if n in _COSTS})
 
-        units = tuple(
-            dataclasses.replace(times(unit), convs=tuple(times(conv) for conv in unit.convs)) for unit in self.units
-        )
+        units = tuple(replace(times(unit), convs=tuple(times(conv) for conv in unit.convs)) for unit in self.units)
         exits = tuple(map(times, self.exits))
         leave = tuple(cost * factor for cost in self.leave)
-        return dataclasses.replace(times(self), units=units, exits=exits, leave=leave, machine=machine)
+        return replace(times(self), units=units, exits=exits, leave=leave, machine=machine)
+
+    def with_parts(self, values: dict[str, float]) -> "CostTable":
+        """The same table with given costs of the stock model's parts and of the exits, by name.
+
+        Raises:
+            ValueError: if a part has no value, or a value no part; the message names them.
+        """
+        own: dict[str, Any] = {"stem": self.stem, **{unit.name: unit.full for unit in self.units}}
+        own |= {f"leave {k}": cost for k, cost in enumerate(self.leave) if cost}
+        own |= {f"exit {k}": stop.head for k, stop in enumerate(self.exits[:-1])} | {"head": self.exits[-1].head}
+        missing, unknown = [n for n in own if n not in values], [n for n in values if n not in own]
+        if missing or unknown:
+            raise ValueError(
+                f"the table must have a value for each of {len(own)} parts; missing: {', '.join(missing) or 'none'}; "
+                f"unknown: {', '.join(unknown) or 'none'}"
+            )
+        units = []
+        for unit in self.units:
+            factor = values[unit.name] / unit.full
+            convs = tuple(replace(c, cost=c.cost * factor, extra=c.extra * factor) for c in unit.convs)
+            units.append(replace(unit, shortcut=unit.shortcut * factor, convs=convs))
+        leave = tuple(values[f"leave {k}"] if cost else 0 for k, cost in enumerate(self.leave))
+        heads = [values[f"exit {k}"] for k in range(len(self.exits) - 1)] + [values["head"]]
+        return assembled(replace(self, stem=values["stem"], leave=leave, units=tuple(units)), heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CostTable":
+        """The inverse of `to_dict`, also after a round trip through JSON."""
+        units = []
+        for row in values["units"]:
+            convs = tuple(ConvCost(**conv) for conv in row["convs"])
+            units.append(UnitCost(**{**row, "convs": convs, "sizes": tuple(map(tuple, row["sizes"]))}))
+        more = {"units": tuple(units), "exits": tuple(ExitCost(**row) for row in values["exits"])}
+        more |= {"leave": tuple(values["leave"]), "input_size": tuple(values["input_size"])}
+        return cls(**{**values, **more})
 
     @property
     def cheapest(self) -> Any:
@@ -226,162 +253,17 @@ class CostTable:
         return self.exits[exit_index].dearest - (reached.dearest - reached.head if reached else 0)
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
-    """Count the multiply-adds of every part of a model, dynamic or stock, for one image; it is not changed.
-
-    Raises:
-        ValueError: if the model has no units, or cannot run an input of that size.
-    """
-    return alone(lambda: build_table(on_meta(model), input_size, MacMeter()), model, input_size)
-
-
-def alone(work: Callable[[], CostTable], model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
-    """Do the work in a thread of its own: no user's flop counter, inference mode, autocast or default device there."""
-    families.units(model)
-    box: list[CostTable | BaseException] = []
-
-    def catch() -> None:
-        try:
-            box.append(work())
-        except BaseException as error:  # handed to the caller's thread
-            box.append(error)
-
-    thread = threading.Thread(target=catch)
-    thread.start()
-    thread.join()
-    if isinstance(box[0], BaseException):
-        raise ValueError(f"{families.model_name(model)!r} cannot run an input of {input_size}: {box[0]}") from box[0]
-    return box[0]
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose tensors have shapes only, without the user's hooks."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    shapes = copy.deepcopy(model, memo).eval()
-    for module in shapes.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return shapes
-
-
-class Meter(Protocol):
-    """Runs the parts of a model and says what each cost."""
-
-    unit: str
-    divisible: bool  # whether a convolution's cost is in proportion to its channels
-
-    def input(self, model: nn.Module, size: tuple[int, int, int]) -> Tensor:
-        """An image to run the parts on: [1, C, H, W]."""
-
-    def run(self, part: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
-        """What the part gives, and what it cost."""
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *args: Any) -> Any: ...
-
-
-class MacMeter:
-    """Counts multiply-adds of parts that are run on the meta device."""
-
-    unit = "macs"
-    divisible = True
-
-    def __init__(self) -> None:
-        self.counter, self.seen = FlopCounterMode(display=False), 0
-
-    def __enter__(self) -> None:
-        self.counter.__enter__()
-
-    def __exit__(self, *args: Any) -> None:
-        self.counter.__exit__(*args)
-
-    def input(self, model: nn.Module, size: tuple[int, int, int]) -> Tensor:
-        """An image that has a shape only: [1, C, H, W]."""
-        return torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype)
-
-    def run(self, part: Callable[..., Any], *args: Any) -> tuple[Any, int]:
-        """What the part gives, and its MACs."""
-        out = part(*args)
-        before, self.seen = self.seen, self.counter.get_total_flops()
-        return out, (self.seen - before) // 2
-
-
-def build_table(model: Any, size: tuple[int, int, int], meter: Meter) -> CostTable:
-    """Run every part of a model once, all gates open, and note what each cost."""
-    family = families.family(model)
-    exits = getattr(model, "exits", None)
-    places = exits.after if exits is not None else ()
-    rows: list[UnitCost] = []
-    leave: list[Any] = []
-    stops: list[ExitCost] = []
-    memory = None
-    with torch.no_grad(), meter:
-        (_, x), stem = meter.run(family.stem, model, meter.input(model, size))
-        low = high = stem
-        for i, unit in enumerate(families.units(model)):
-            x, memory, row = _count_unit(meter, model, unit, i, x, memory)
-            rows.append(row)
-            low, high = low + row.cheapest, high + row.dearest
-            if exits is not None and i in places:
-                _, head = meter.run(exits, len(stops), x)
-                stops.append(ExitCost(unit.name, i, head, low + head, high + head))
-            if unit.last:
-                x, cost = meter.run(family.leave, model, unit.stage, x)
-                leave.append(cost)
-                low, high = low + cost, high + cost
-        _, head = meter.run(family.head, model, x)
-    stops.append(ExitCost("head", len(rows) - 1, head, low + head, high + head))
-    dense = stem + sum(row.full for row in rows) + sum(leave) + head
-    return CostTable(size, meter.unit, dense, stem, tuple(leave), tuple(rows), tuple(stops))
-
-
-def _count_unit(
-    meter: Meter, model: Any, unit: families.Unit, i: int, x: Tensor, memory: Any
-) -> tuple[Tensor, Any, UnitCost]:
-    layer_gates, channel_gates = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
-    layer_gate: Any = 0
-    channel_gate: Any = 0
-    sizes: tuple[tuple[int, ...], ...] = ()
-    if layer_gates is not None and i > 0:
-        (_, memory), layer_gate = meter.run(layer_gates, i - 1, x, memory)
-    if channel_gates is not None and i > 0:
-        _, channel_gate = meter.run(channel_gates, i - 1, x)
-        sizes = channel_gates.sizes[i - 1]
-    added, short = meter.run(shortcut, unit, x)
-    y, convs = _count_convs(meter, unit, x)
-    y = close(unit, y, added)
-    if not meter.divisible:  # measured: make the convolutions add up to the unit as it runs
-        whole = max(meter.run(run_dense, unit, x)[1] - short, 0)
-        factor = whole / sum(conv.cost + conv.extra for conv in convs)
-        convs = tuple(dataclasses.replace(c, cost=c.cost * factor, extra=c.extra * factor) for c in convs)
-    skippable = layer_gates is not None and i > 0
-    gated = skippable or bool(sizes)
-    row = UnitCost(
-        unit.name, unit.stage, gated, skippable, layer_gate, short, channel_gate, convs, sizes, meter.divisible
-    )
-    return join(unit, x, y), memory, row
-
-
-def _count_convs(meter: Meter, unit: families.Unit, x: Tensor) -> tuple[Tensor, tuple[ConvCost, ...]]:
-    """The branch, convolution by convolution: what it gives, and what each cost."""
-
-    def follow(modules: families.After, x: Tensor) -> Tensor:
-        for module in modules:
-            x = x if module is None else module(x)
-        return x
-
-    if unit.kind.branch is not None:  # taken as a whole
-        x, cost = meter.run(branch, unit, x)
-        return x, (ConvCost(cost, 0, 1, 1),)
-    x = follow(unit.kind.before(unit.module), x)
-    found = []
-    for conv, after in unit.kind.steps(unit.module):
-        x, cost = meter.run(conv, x)
-        x, extra = meter.run(follow, after, x)
-        found.append(ConvCost(cost, extra, conv.in_channels, conv.out_channels, conv.groups))
-    return x, tuple(found)
+def assembled(table: CostTable, heads: Sequence[Any]) -> CostTable:
+    """The table with its sums made anew from its parts. heads: cost of each classifier, the head last."""
+    low = high = dense = table.stem
+    stops = []
+    for i, unit in enumerate(table.units):
+        low, high, dense = low + unit.cheapest, high + unit.dearest, dense + unit.full
+        for stop, head in zip(table.exits[:-1], heads[:-1], strict=True):
+            if stop.after == i:
+                stops.append(replace(stop, head=head, cheapest=low + head, dearest=high + head))
+        if i + 1 == len(table.units) or table.units[i + 1].stage != unit.stage:
+            cost = table.leave[unit.stage]
+            low, high, dense = low + cost, high + cost, dense + cost
+    last = replace(table.exits[-1], head=heads[-1], cheapest=low + heads[-1], dearest=high + heads[-1])
+    return replace(table, dense=dense + heads[-1], exits=(*stops, last))

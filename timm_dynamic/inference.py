@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import families
-from .costs import on_meta
+from .counting import on_meta
 from .gates import RNN_SIZE, Memory, RecurrentGates, pooled
 
 

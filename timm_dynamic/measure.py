@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import families
 from .configs import EnergyConfig, check_input_size, one_of
-from .costs import CostTable, MacMeter, alone, build_table, count_macs, on_meta
+from .costs import CostTable
+from .counting import MacMeter, alone, build_table, count_macs, on_meta
 from .surgery import force
 from .walk import Walk
 
@@ -34,7 +35,7 @@ def cost_table(
         input_size: (channels, height, width).
         unit: "macs" (counted), "latency_ms" (measured here and now at batch 1, on the model's device and with torch's
             present number of threads) or "energy_mj" (from MACs and bytes moved).
-        energy: what energy is computed from; for "energy_mj" only.
+        energy: what energy is computed from, or every part's own; for "energy_mj" only.
 
     Returns:
         The table; `.dense`, `.units` and `.exits` are what one needs most. In milliseconds a unit that runs is paid
@@ -42,7 +43,7 @@ def cost_table(
         of the whole model with all gates open.
 
     Raises:
-        ValueError: if the model has no units, or an argument is wrong.
+        ValueError: if the model has no units, an argument is wrong, or energies of parts are missing.
     """
     one_of("unit", unit, UNITS)
     size = check_input_size(input_size)
@@ -52,7 +53,8 @@ def cost_table(
         return count_macs(model, size)
     if unit == "energy_mj":
         config = EnergyConfig.make(energy)
-        return alone(lambda: build_table(on_meta(model), size, EnergyMeter(config)), model, size)
+        table = alone(lambda: build_table(on_meta(model), size, EnergyMeter(config)), model, size)
+        return table if config.parts is None else table.with_parts(config.parts)
     families.units(model)
     training = model.training
     try:

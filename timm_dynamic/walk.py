@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import costs, families, units
 from .configs import BudgetConfig
+from .counting import count_macs
 from .gates import Memory, straight_through, widen
 
 
@@ -86,7 +87,7 @@ def table_for(model: Any, input_size: tuple[int, int, int]) -> costs.CostTable:
     key = (*input_size, getattr(classifier, "out_features", 0))
     tables = model.dynamic.tables
     if key not in tables:
-        tables[key] = costs.count_macs(model.dynamic.origin or model, input_size)
+        tables[key] = count_macs(model.dynamic.origin or model, input_size)
     return tables[key]
 
 

@@ -19,6 +19,8 @@ import timm_dynamic as td
 from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
+from timm_dynamic.budgets import set_price
+from timm_dynamic.costs import CostTable
 from timm_dynamic.evaluation import Evaluation, Policy, costs_of, evaluate, latency
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
@@ -80,8 +82,27 @@ def save_base(model: nn.Module, folder: Path, dense: dict[str, Any]) -> None:
 
 
 def price(model: nn.Module, input_size: tuple[int, int, int], settings: Settings, folder: RunFolder) -> float:
-    """Say what a gated network's cost is counted by in training; what the stock one costs for an image."""
-    return costs_of(model, input_size).dense
+    """Say what a gated network's cost is counted by in training; what the stock one costs for an image.
+
+    Milliseconds are measured once and kept in the run's folder: a resumed run counts by the same ones.
+    """
+    if settings.cost == "macs" or not hasattr(model, "dynamic"):
+        return costs_of(model, input_size).dense
+    try:
+        if settings.cost == "energy_mj":
+            assert settings.energy is not None
+            energy = json.loads(settings.energy.read_text())
+            table = td.cost_table(model, input_size, "energy_mj", energy=energy)
+        else:
+            parts = "-".join(part for part in ("layer_gates", "channel_gates", "exits") if hasattr(model, part))
+            path = folder.root / f"latency-{parts}.json"
+            if not path.exists():
+                write_json(path, td.cost_table(model, input_size, "latency_ms").to_dict())
+            table = CostTable.from_dict(json.loads(path.read_text()))
+        set_price(model, table)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"--cost {settings.cost}: {error}") from error
+    return table.dense
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------

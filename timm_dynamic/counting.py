@@ -1,0 +1,180 @@
+"""Counting the multiply-adds of every part of a network from shapes, once for each input size.
+
+The parts are run one by one on the meta device under torch's own flop counter, so that a cost is what the counter
+would see (1 MAC = 2 FLOPs).
+"""
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import families
+from .costs import ConvCost, CostTable, ExitCost, UnitCost
+from .units import branch, close, join, run_dense, shortcut
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
+    """Count the multiply-adds of every part of a model, dynamic or stock, for one image; it is not changed.
+
+    Raises:
+        ValueError: if the model has no units, or cannot run an input of that size.
+    """
+    return alone(lambda: build_table(on_meta(model), input_size, MacMeter()), model, input_size)
+
+
+def alone(work: Callable[[], CostTable], model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:
+    """Do the work in a thread of its own: no user's flop counter, inference mode, autocast or default device there."""
+    families.units(model)
+    box: list[CostTable | BaseException] = []
+
+    def catch() -> None:
+        try:
+            box.append(work())
+        except BaseException as error:  # handed to the caller's thread
+            box.append(error)
+
+    thread = threading.Thread(target=catch)
+    thread.start()
+    thread.join()
+    if isinstance(box[0], BaseException):
+        raise ValueError(f"{families.model_name(model)!r} cannot run an input of {input_size}: {box[0]}") from box[0]
+    return box[0]
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose tensors have shapes only, without the user's hooks."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    shapes = copy.deepcopy(model, memo).eval()
+    for module in shapes.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return shapes
+
+
+class Meter(Protocol):
+    """Runs the parts of a model and says what each cost."""
+
+    unit: str
+    divisible: bool  # whether a convolution's cost is in proportion to its channels
+
+    def input(self, model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+        """An image to run the parts on: [1, C, H, W]."""
+
+    def run(self, part: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        """What the part gives, and what it cost."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *args: Any) -> Any: ...
+
+
+class MacMeter:
+    """Counts multiply-adds of parts that are run on the meta device."""
+
+    unit = "macs"
+    divisible = True
+
+    def __init__(self) -> None:
+        self.counter, self.seen = FlopCounterMode(display=False), 0
+
+    def __enter__(self) -> None:
+        self.counter.__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        self.counter.__exit__(*args)
+
+    def input(self, model: nn.Module, size: tuple[int, int, int]) -> Tensor:
+        """An image that has a shape only: [1, C, H, W]."""
+        return torch.empty(1, *size, device="meta", dtype=next(model.parameters()).dtype)
+
+    def run(self, part: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+        """What the part gives, and its MACs."""
+        out = part(*args)
+        before, self.seen = self.seen, self.counter.get_total_flops()
+        return out, (self.seen - before) // 2
+
+
+def build_table(model: Any, size: tuple[int, int, int], meter: Meter) -> CostTable:
+    """Run every part of a model once, all gates open, and note what each cost."""
+    family = families.family(model)
+    exits = getattr(model, "exits", None)
+    places = exits.after if exits is not None else ()
+    rows: list[UnitCost] = []
+    leave: list[Any] = []
+    stops: list[ExitCost] = []
+    memory = None
+    with torch.no_grad(), meter:
+        (_, x), stem = meter.run(family.stem, model, meter.input(model, size))
+        low = high = stem
+        for i, unit in enumerate(families.units(model)):
+            x, memory, row = _count_unit(meter, model, unit, i, x, memory)
+            rows.append(row)
+            low, high = low + row.cheapest, high + row.dearest
+            if exits is not None and i in places:
+                _, head = meter.run(exits, len(stops), x)
+                stops.append(ExitCost(unit.name, i, head, low + head, high + head))
+            if unit.last:
+                x, cost = meter.run(family.leave, model, unit.stage, x)
+                leave.append(cost)
+                low, high = low + cost, high + cost
+        _, head = meter.run(family.head, model, x)
+    stops.append(ExitCost("head", len(rows) - 1, head, low + head, high + head))
+    dense = stem + sum(row.full for row in rows) + sum(leave) + head
+    return CostTable(size, meter.unit, dense, stem, tuple(leave), tuple(rows), tuple(stops))
+
+
+def _count_unit(
+    meter: Meter, model: Any, unit: families.Unit, i: int, x: Tensor, memory: Any
+) -> tuple[Tensor, Any, UnitCost]:
+    layer_gates, channel_gates = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
+    layer_gate: Any = 0
+    channel_gate: Any = 0
+    sizes: tuple[tuple[int, ...], ...] = ()
+    if layer_gates is not None and i > 0:
+        (_, memory), layer_gate = meter.run(layer_gates, i - 1, x, memory)
+    if channel_gates is not None and i > 0:
+        _, channel_gate = meter.run(channel_gates, i - 1, x)
+        sizes = channel_gates.sizes[i - 1]
+    added, short = meter.run(shortcut, unit, x)
+    y, convs = _count_convs(meter, unit, x)
+    y = close(unit, y, added)
+    if not meter.divisible:  # measured: make the convolutions add up to the unit as it runs
+        whole = max(meter.run(run_dense, unit, x)[1] - short, 0)
+        factor = whole / sum(conv.cost + conv.extra for conv in convs)
+        convs = tuple(replace(c, cost=c.cost * factor, extra=c.extra * factor) for c in convs)
+    skippable = layer_gates is not None and i > 0
+    gated = skippable or bool(sizes)
+    row = UnitCost(
+        unit.name, unit.stage, gated, skippable, layer_gate, short, channel_gate, convs, sizes, meter.divisible
+    )
+    return join(unit, x, y), memory, row
+
+
+def _count_convs(meter: Meter, unit: families.Unit, x: Tensor) -> tuple[Tensor, tuple[ConvCost, ...]]:
+    """The branch, convolution by convolution: what it gives, and what each cost."""
+
+    def follow(modules: families.After, x: Tensor) -> Tensor:
+        for module in modules:
+            x = x if module is None else module(x)
+        return x
+
+    if unit.kind.branch is not None:  # taken as a whole
+        x, cost = meter.run(branch, unit, x)
+        return x, (ConvCost(cost, 0, 1, 1),)
+    x = follow(unit.kind.before(unit.module), x)
+    found = []
+    for conv, after in unit.kind.steps(unit.module):
+        x, cost = meter.run(conv, x)
+        x, extra = meter.run(follow, after, x)
+        found.append(ConvCost(cost, extra, conv.in_channels, conv.out_channels, conv.groups))
+    return x, tuple(found)
