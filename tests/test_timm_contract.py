@@ -220,6 +220,24 @@ def test_features_only(name: str, kind: str | None) -> None:
 
 
 @every_name
+def test_features_only_can_checkpoint(name: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        trunk = alive(make(name, features_only=True))
+        trunk.set_grad_checkpointing(checkpointing)
+        assert_all_used(trunk, trunk(images(name)))
+        gradients.append({key: parameter.grad for key, parameter in trunk.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "hook", "fx"])
+def test_features_that_would_go_past_the_gates(kind: str) -> None:
+    with pytest.raises(ValueError, match="past its gates"):
+        make("skipnet_resnet20_cifar", features_only=True, feature_cls=kind)
+
+
+@every_name
 def test_pruning_leaves_what_is_used(name: str) -> None:
     whole, x = shared(name), images(name)
     levels = range(len(whole.feature_info))
