@@ -265,6 +265,7 @@ EVIL: list[tuple[dict[str, Any], str]] = [
     ({"exits": {"after": "../../etc/passwd"}}, "after must be"),
     ({"budget": {"macs": -1}}, "macs must be"),
     ({"num_classes": 10**12}, "num_classes=1000000000000"),
+    ({"num_classes": -5}, "num_classes=-5"),
     ({"num_classes": 2**22, "global_pool": "catavgmax", "in_chans": 2**22}, "parameters: at most"),
     ({"layers": [10**6, 1, 1]}, "layers that is too large"),
     ({"block_args": {"attn_layer": {"a": {"b": {"c": {"d": 1}}}}}}, "block_args that is too large"),
@@ -279,6 +280,33 @@ EVIL: list[tuple[dict[str, Any], str]] = [
 def test_arguments_that_are_refused(arguments: dict[str, Any], message: str, pretrained: bool, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].update(arguments)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(safety.UnsafeModelError, match=message):
+        timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_classes": 2 * 10**9}, "num_classes=2000000000"),
+        ({"num_classes": 2**22}, "parameters: at most"),
+        ({"num_classes": -3}, "num_classes=-3"),
+        ({"num_classes": "ten"}, "num_classes='ten'"),
+        ({"input_size": [10**9, 32, 32]}, "input_size=1000000000"),
+        ({"input_size": [2**22, 32, 32], "num_classes": 2**21}, "parameters: at most"),
+        ({"input_size": "x"}, "input_size='x'"),
+    ],
+)
+def test_sizes_that_only_the_config_names_are_refused(
+    asked: dict[str, Any], message: str, pretrained: bool, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_classes", "in_chans"):
+        del config["model_args"][name]
+    config["model_args"]["global_pool"] = "catavgmax"
+    config["pretrained_cfg"].update(asked)
+    config["num_classes"] = config["pretrained_cfg"]["num_classes"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(safety.UnsafeModelError, match=message):
         timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
