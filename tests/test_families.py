@@ -1,4 +1,4 @@
-"""The whole matrix: every ResNet and DenseNet of timm and torchvision, and those for CIFAR, under every prefix, at a small input size."""
+"""The whole matrix: every ResNet and DenseNet of timm, torchvision and ours, every prefix, at a small input size."""
 
 import functools
 import math
