@@ -472,7 +472,7 @@ def documents(text: str, count: int) -> tuple[list[Any], str]:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("list",), ("profile",), ("predict",), ("evaluate",), ("report",), ("publish",)]
+    "command", [(), ("list",), ("profile",), ("predict",), ("evaluate",), ("report",), ("publish",), ("card",)]
 )
 def test_help_is_everywhere(command: tuple[str, ...]) -> None:
     ran = Ran(*command, "--help")

@@ -1,4 +1,4 @@
-"""The whole matrix: every ResNet and DenseNet of timm and torchvision under every prefix, at a small input size."""
+"""The whole matrix: every ResNet and DenseNet of timm, torchvision and ours, every prefix, at a small input size."""
 
 import functools
 import math
@@ -21,6 +21,7 @@ import timm_dynamic as td
 
 RESNETS = timm.list_models(module="resnet")
 DENSENETS = timm.list_models(module="densenet")
+CIFAR = timm.list_models(module="cifar")
 LAYER_ONLY = [name for module in ("res2net", "resnest", "sknet") for name in timm.list_models(module=module)]
 TORCHVISION = [
     name
@@ -146,6 +147,11 @@ def test_densenets(name: str) -> None:
     check(name, ["skipnet", "iadi", "ddi"])
 
 
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_networks(name: str) -> None:
+    check(name, ["skipnet", "iadi", "ddi"], size=32)
+
+
 @pytest.mark.parametrize("name", LAYER_ONLY)
 def test_blocks_without_plain_hidden_widths(name: str) -> None:
     model = check(name, ["skipnet"])
@@ -174,5 +180,5 @@ def test_torchvision(name: str) -> None:
 
 
 def test_the_matrix_is_whole() -> None:
-    assert (len(RESNETS), len(DENSENETS), len(TORCHVISION)) == (81, 6, 14)
+    assert (len(RESNETS), len(DENSENETS), len(CIFAR), len(TORCHVISION)) == (81, 6, 7, 14)
     assert len(LAYER_ONLY) > 20

@@ -4,7 +4,9 @@ What needs a Hub runs in processes of their own against the server of `fake_hub.
 settings when it is imported.
 """
 
+import io
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Repo
 from huggingface_hub import HfApi, ModelCard, constants
 from torch import Tensor, nn
 from torchvision.models import resnet18
@@ -265,6 +267,7 @@ EVIL: list[tuple[dict[str, Any], str]] = [
     ({"exits": {"after": "../../etc/passwd"}}, "after must be"),
     ({"budget": {"macs": -1}}, "macs must be"),
     ({"num_classes": 10**12}, "num_classes=1000000000000"),
+    ({"num_classes": -5}, "num_classes=-5"),
     ({"num_classes": 2**22, "global_pool": "catavgmax", "in_chans": 2**22}, "parameters: at most"),
     ({"layers": [10**6, 1, 1]}, "layers that is too large"),
     ({"block_args": {"attn_layer": {"a": {"b": {"c": {"d": 1}}}}}}, "block_args that is too large"),
@@ -279,6 +282,33 @@ EVIL: list[tuple[dict[str, Any], str]] = [
 def test_arguments_that_are_refused(arguments: dict[str, Any], message: str, pretrained: bool, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].update(arguments)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(safety.UnsafeModelError, match=message):
+        timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_classes": 2 * 10**9}, "num_classes=2000000000"),
+        ({"num_classes": 2**22}, "parameters: at most"),
+        ({"num_classes": -3}, "num_classes=-3"),
+        ({"num_classes": "ten"}, "num_classes='ten'"),
+        ({"input_size": [10**9, 32, 32]}, "input_size=1000000000"),
+        ({"input_size": [2**22, 32, 32], "num_classes": 2**21}, "parameters: at most"),
+        ({"input_size": "x"}, "input_size='x'"),
+    ],
+)
+def test_sizes_that_only_the_config_names_are_refused(
+    asked: dict[str, Any], message: str, pretrained: bool, folder: Path
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_classes", "in_chans"):
+        del config["model_args"][name]
+    config["model_args"]["global_pool"] = "catavgmax"
+    config["pretrained_cfg"].update(asked)
+    config["num_classes"] = config["pretrained_cfg"]["num_classes"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(safety.UnsafeModelError, match=message):
         timm.create_model(f"local-dir:{folder}", pretrained=pretrained)
@@ -518,6 +548,44 @@ def test_strangers_get_no_code_and_no_pickles(server: FakeHub, online: Client) -
     server.repos["org/stranger"].commit({**files, "config.json": json.dumps(config).encode()}, "gates")
     with pytest.raises(safety.UnsafeModelError, match="kind of layer gate must be one of"):
         online(pull, "org/stranger@gates")
+
+
+def pull_twin(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, str, Tensor]:
+    """In a client's process: load a twin; what it computes, what it logs, and the weights of its first convolution."""
+    log = io.StringIO()
+    handler, logger = logging.StreamHandler(log), logging.getLogger("timm_dynamic")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with hub.hub_errors(name):
+            model = timm.create_model(name, *args, pretrained=True, **kwargs).eval()
+    finally:
+        logger.removeHandler(handler)
+    x = torch.randn(2, model.in_chans, 32, 32, generator=torch.Generator().manual_seed(0))
+    return model(x).detach(), log.getvalue(), model.conv1[0].weight.detach()
+
+
+def test_a_twin_has_the_weights_of_its_base(server: FakeHub, online: Client, home: Path, tmp_path: Path) -> None:
+    """`pretrained=True` takes the base's own files from where timm has them, and opens the gates."""
+    stock = made("resnet10t")
+    hub.save_pretrained(stock, tmp_path / "base")
+    server.repos["timm/resnet10t.c3_in1k"] = Repo(private=False)
+    server.repos["timm/resnet10t.c3_in1k"].commit(files_of(tmp_path / "base"), "main")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("skipnet_resnet10t", "iadi_resnet10t.c3_in1k", "ddi_resnet10t"):
+        logits, log, _ = online(pull_twin, name)
+        assert torch.equal(logits, stock(x))
+        assert "weights of resnet10t: its gates are open and not trained yet" in log
+    cache = tmp_path / "cache"
+    logits, _, weight = online(pull_twin, "ddi_resnet10t", num_classes=10, in_chans=1, cache_dir=cache)
+    assert logits.shape == (2, 10)
+    assert torch.equal(weight, stock.conv1[0].weight.sum(1, keepdim=True))
+    assert list(cache.glob("models--timm--resnet10t.c3_in1k/snapshots/*/model.safetensors"))
+    pool, offline = start("http://127.0.0.1:9", home, offline=True)
+    with pool:
+        assert torch.equal(offline(pull_twin, "iadi_resnet10t")[0], stock(x))
+        with pytest.raises(hub.HubError, match="is not in the cache"):
+            offline(pull_twin, "iadi_resnet10t", cache_dir=tmp_path / "empty")
 
 
 def test_offline_from_the_cache(online: Client, home: Path) -> None:

@@ -8,13 +8,23 @@ import copy
 import functools
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
+from timm.models import (
+    FeatureInfo,
+    get_notrace_functions,
+    get_notrace_modules,
+    group_parameters,
+    load_checkpoint,
+    resume_checkpoint,
+)
 from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -220,6 +230,24 @@ def test_features_only(name: str, kind: str | None) -> None:
 
 
 @every_name
+def test_features_only_can_checkpoint(name: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        trunk = alive(make(name, features_only=True))
+        trunk.set_grad_checkpointing(checkpointing)
+        assert_all_used(trunk, trunk(images(name)))
+        gradients.append({key: parameter.grad for key, parameter in trunk.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "hook", "fx"])
+def test_features_that_would_go_past_the_gates(kind: str) -> None:
+    with pytest.raises(ValueError, match="past its gates"):
+        make("skipnet_resnet20_cifar", features_only=True, feature_cls=kind)
+
+
+@every_name
 def test_pruning_leaves_what_is_used(name: str) -> None:
     whole, x = shared(name), images(name)
     levels = range(len(whole.feature_info))
@@ -278,6 +306,36 @@ def test_parameters_fall_into_groups(name: str) -> None:
         assert sorted(key for keys in groups.values() for key in keys) == sorted(dict(model.named_parameters()))
     optimizer = create_optimizer_v2(model, "sgd", lr=0.1, layer_decay=0.7)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["skipnet_resnet20_cifar", "iadi_densenet100_cifar"])
+def test_what_timms_training_script_does(name: str, tmp_path: Path) -> None:
+    """Its task, optimizer, average of weights, checkpoints and resuming: what it learned is there again."""
+    model, x, y = own(name), images(name, batch=8), torch.arange(8) % 2
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.05, momentum=0.9)
+    average = ModelEmaV3(model, decay=0.5)
+    saver = CheckpointSaver(model, optimizer, model_ema=average, checkpoint_dir=str(tmp_path))
+    losses = []
+    for step in range(1, 6):
+        task.train()
+        loss = task(x, y)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update(model, step=step)
+        losses.append(loss.item())
+    saver.save_checkpoint(0, metric=1.0)
+    assert losses[-1] < 0.5 * losses[0]
+    again = own(name)
+    assert resume_checkpoint(again, str(tmp_path / "last.pth.tar"), create_optimizer_v2(again, "sgd", lr=0.05)) == 1
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    load_checkpoint(again, str(tmp_path / "last.pth.tar"), use_ema=True)
+    assert torch.equal(again(x), average.module.eval()(x))
+    assert not torch.equal(again(x), model(x))
 
 
 # Graphs --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from .calibration import Calibration, calibrate
 from .configs import BudgetConfig, ChannelGateConfig, EnergyConfig, ExitConfig, LayerGateConfig
 from .costs import CostTable
 from .forward import Decisions, anytime, decide
+from .hub import push_to_hub, save_pretrained
 from .inference import optimize_for_inference
 from .measure import cost_table
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
@@ -33,6 +34,8 @@ __all__ = [
     "decide",
     "force",
     "optimize_for_inference",
+    "push_to_hub",
+    "save_pretrained",
     "set_budget",
     "set_execution",
     "strip",

@@ -25,7 +25,15 @@ COLUMNS = ("accuracy", "macs", "max_macs")
 NOT_NUMBERS = ("dataset", "training", "license", "base_model")
 
 
-def model_card(model: nn.Module, name: str, base: str, source: str, metrics: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    model: nn.Module,
+    name: str,
+    base: str,
+    source: str,
+    metrics: Mapping[str, Any] | None = None,
+    *,
+    trained: bool = True,
+) -> str:
     """Write the card.
 
     Args:
@@ -34,6 +42,7 @@ def model_card(model: nn.Module, name: str, base: str, source: str, metrics: Map
         base: name of the stock model.
         source: what `timm.create_model` is to be called with to load it.
         metrics: see `timm_dynamic.hub.save_pretrained`.
+        trained: whether gates and exits are; without, they are as they were made and the card says so.
 
     Returns:
         Markdown under a YAML header.
@@ -54,7 +63,7 @@ def model_card(model: nn.Module, name: str, base: str, source: str, metrics: Map
         measured_on=f"Measured on {dataset[0]}." if dataset else "",
         results=[_shown(row, metrics) for row in rows],
         others=[{"name": name, "value": _plain(value)} for name, value in metrics.items() if _is_other(name, value)],
-        **_described(model, base),
+        **{**_described(model, base), **({} if trained else _as_made(model, base))},
     )
     return str(card)
 
@@ -156,6 +165,20 @@ def _macs(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.2f} M"
+
+
+def _as_made(model: nn.Module, base: str) -> dict[str, Any]:
+    """What the card says otherwise of a network whose gates and exits nobody has trained."""
+    table = cost_table(model, default_input_size(model))
+    more = table.exits[-1].dearest / table.dense - 1
+    status = (
+        f"**Its gates are open and not trained yet.** Every image runs every unit: it computes what `{base}` computes, "
+        f"and the gates cost {100 * more:.2g} % more MACs. It is where training starts."
+    )
+    if hasattr(model, "exits"):
+        status += " Its exits have random weights: what they answer is chance until they are trained."
+    summary = f"`{base}`, made ready to leave work out where an image does not need it."
+    return {"summary": summary, "status": status, "exits": False}
 
 
 def _table(model: nn.Module) -> CostTable | None:

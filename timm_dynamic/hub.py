@@ -70,8 +70,37 @@ def save_pretrained(model: nn.Module, directory: str | Path, *, metrics: Mapping
 
 def base_name(model: nn.Module) -> str:
     """The name of the stock model that a model was made from."""
-    name = model_name(model)
+    return base_of(model_name(model))
+
+
+def base_of(name: str) -> str:
+    """The stock network's name in a dynamic one's: "resnet50" for "iadi_resnet50"."""
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
+def twin_card(name: str) -> str:
+    """The model card of a registered name: the base's weights, gates and exits as they are made, nothing trained yet.
+
+    Args:
+        name: such as "skipnet_resnet50.a1_in1k"; without a tag the one that `pretrained=True` takes.
+
+    Raises:
+        ValueError: if that is no dynamic network, or its base has no trained weights.
+    """
+    known = timm.is_model(name.partition(".")[0]) and (name in timm.list_models(include_tags=True) or "." not in name)
+    cfg = timm.get_pretrained_cfg(name) if known else None
+    if cfg is None or not cfg.architecture.startswith(tuple(PREFIXES)):
+        raise ValueError(f"no dynamic network {name!r}: wanted a registered name such as 'skipnet_resnet50.a1_in1k'")
+    if not cfg.has_weights:
+        raise ValueError(f"no trained weights of {base_of(cfg.architecture)} are published: {name} has no card")
+    full, base = f"{cfg.architecture}.{cfg.tag}", base_of(cfg.architecture)
+    with torch.device("meta"):
+        model = timm.create_model(full).eval()
+    training = (
+        f"The weights are those of `{base}.{cfg.tag}` as timm publishes them, unchanged. "
+        "Gates and exits are not trained: the recipes of timm_dynamic do that."
+    )
+    return model_card(model, full, base, full, {"training": training}, trained=False)
 
 
 def _save(model: nn.Module, folder: Path, metrics: Mapping[str, Any] | None, source: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import timm
 import torchvision
 from timm.models import build_model_with_cfg, register_model
+from timm.models._features import FeatureGetterNet
 from timm.models._pretrained import DefaultCfg
 from timm.models.densenet import default_cfgs as densenet_cfgs
 from timm.models.res2net import default_cfgs as res2net_cfgs
@@ -28,6 +29,7 @@ from torchvision.models import resnet as tv_resnet
 from .budgets import check_budget
 from .cifar import default_cfgs as cifar_cfgs
 from .configs import BudgetConfig
+from .roots import DynamicFeatures
 from .safety import check_saved_model
 from .surgery import PARTS, add_channel_gates, add_exits, add_layer_gates
 from .walk import dynamic_of
@@ -136,16 +138,30 @@ def _publish(fn: Any, name: str, doc: str) -> Any:
     return fn
 
 
+def _through_gates(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with which features are read by the walk: timm's other ways go from module to module, past the gates.
+
+    Raises:
+        ValueError: if one of those is asked for.
+    """
+    asked = kwargs.get("feature_cls") if kwargs.get("features_only") else None
+    if asked is None or (isinstance(asked, type) and issubclass(asked, FeatureGetterNet)):
+        return kwargs
+    if str(asked).lower() != "getter":
+        raise ValueError(f"{name} gives features by feature_cls='getter' only: {asked!r} would go past its gates")
+    return {key: value for key, value in kwargs.items() if key != "feature_cls"}
+
+
 def _register_timm(prefix: str, base: str, cfgs: DefaultCfg) -> None:
     name = f"{prefix}_{base}"
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        kwargs = check_saved_model(name, pretrained, kwargs)
+        kwargs = _through_gates(name, check_saved_model(name, pretrained, kwargs))
         return build_model_with_cfg(
             partial(_build_timm, base, METHODS[prefix]),
             name,
             pretrained,
-            feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(4 if base in cifar_cfgs else 5))},
+            feature_cfg={"feature_cls": DynamicFeatures, "out_indices": tuple(range(4 if base in cifar_cfgs else 5))},
             pretrained_filter_fn=partial(complete, base),
             **kwargs,
         )

@@ -2,13 +2,21 @@
 
 from typing import Any
 
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from . import families
 from .cifar import CifarDenseNet, CifarResNet
 from .forward import features, forward
 from .walk import Walk
+
+
+class DynamicFeatures(FeatureGetterNet):
+    """What `features_only=True` gives: timm's, and it can checkpoint, as that of the stock networks can."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the model's own."""
+        self.model.set_grad_checkpointing(enable)
 
 
 def _forward(self: Any, x: Tensor) -> Any:

@@ -28,6 +28,7 @@ MAX_NUMBER = 2**22  # classes, channels
 MAX_ITEMS = 1024  # of a list, and units in all
 DEPTHS = ("layers", "block_config")  # arguments that say how many units there are in each stage
 MAX_NESTING = 4
+COUNTS = ("num_classes", "in_chans")
 NOT_COUNTED = (  # arguments that make no parameters, or that only the loading of weights needs
     "budget",
     "cache_dir",
@@ -64,6 +65,7 @@ def check_saved_model(name: str, pretrained: bool, kwargs: Mapping[str, Any]) ->
         return dict(kwargs)
     origin = str(cfg.get("file") if cfg["source"] == "local-dir" else cfg.get("hf_hub_id"))
     _check_arguments(origin, kwargs.get("pretrained_model_args") or {})
+    _check_defaults(origin, cfg)
     _check_size(origin, name, kwargs)
     if cfg["source"] == "hf-hub":
         _check_files(origin, cfg)
@@ -105,6 +107,8 @@ def _check_value(origin: str, key: str, value: Any, nesting: int = 0) -> None:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= MAX_NUMBER:
             raise UnsafeModelError(f"{origin} asks for {key}={value}: at most {MAX_NUMBER} is allowed")
+        if key in COUNTS and (value < 0 or not isinstance(value, int)):
+            raise UnsafeModelError(f"{origin} asks for {key}={value}: wanted an int of at least 0")
     elif isinstance(value, (list, tuple, dict)):
         inner = list(value.values()) if isinstance(value, dict) else list(value)
         units = sum(number for number in inner if isinstance(number, int)) if key in DEPTHS else 0
@@ -114,11 +118,24 @@ def _check_value(origin: str, key: str, value: Any, nesting: int = 0) -> None:
             _check_value(origin, key, item, nesting + 1)
 
 
+def _check_defaults(origin: str, cfg: Mapping[str, Any]) -> None:
+    """What timm takes from a config where no argument says otherwise."""
+    classes, size = cfg.get("num_classes"), cfg.get("input_size")
+    if classes is not None and type(classes) is not int:
+        raise UnsafeModelError(f"{origin} asks for num_classes={classes!r}: wanted an int of at least 0")
+    _check_value(origin, "num_classes", classes)
+    whole = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
+    if size is not None and not whole:
+        raise UnsafeModelError(f"{origin} asks for input_size={size!r}: wanted channels, height and width")
+    _check_value(origin, "input_size", size)
+
+
 def _check_size(origin: str, name: str, kwargs: Mapping[str, Any]) -> None:
     """Count the parameters on the meta device, where nothing is allocated."""
     arguments = {key: value for key, value in kwargs.items() if key not in NOT_COUNTED}
+    cfg = {**kwargs["pretrained_cfg"], "source": ""}  # timm takes classes and channels from it
     with torch.device("meta"):
-        model = timm.create_model(name, **arguments)
+        model = timm.create_model(name, pretrained_cfg=cfg, **arguments)
     count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if count > MAX_PARAMETERS:
         raise UnsafeModelError(f"{origin} asks for {count:,} parameters: at most {MAX_PARAMETERS:,} are allowed")

@@ -240,6 +240,22 @@ def publish(
         _print_json(done) if as_json else typer.echo(f"{done['repo']} holds {folder}: {done['url']}")
 
 
+@app.command(epilog=EXIT_CODES)
+def card(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, such as skipnet_resnet50.a1_in1k.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: stdout.")] = None,
+) -> None:
+    """Write the model card of a network with its base's weights, whose gates are not trained yet.
+
+    Trained networks get theirs with `publish`.
+    """
+    with one_line_errors():
+        from .runs import card as write
+
+        text = write(name, output)
+        typer.echo(text if output is None else str(output), nl=output is not None)
+
+
 def _progress(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
     """A progress bar on stderr, if that is a terminal."""
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""What is done with the folder of a run: its report, and its way to the Hub."""
+"""What is done with the folder of a run: its report, and its way to the Hub; and the cards of what is not trained."""
 
 import json
 from pathlib import Path
@@ -47,6 +47,21 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str | None) -> 
     except HubError as error:
         raise Failed(one_line(error)) from error
     return {"repo": str(commit.repo_url.repo_id), "commit": commit.oid, "url": commit.commit_url}
+
+
+def card(name: str, output: Path | None) -> str:
+    """The model card of a registered network whose gates are not trained yet; written to `output` if there is one.
+
+    Raises:
+        BadInput: if there is no such network, its base has no trained weights, or the file cannot be written.
+    """
+    from ..hub import twin_card
+
+    with bad_input(ValueError, OSError):
+        text = twin_card(name) + "\n"
+        if output is not None:
+            output.write_text(text, encoding="utf-8")
+    return text
 
 
 def metrics_of(folder: Path) -> dict[str, Any] | None:
