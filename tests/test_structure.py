@@ -29,8 +29,21 @@ ORDER = [
         "counting",
     ),
     *("walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
-    *("inference", "onnx", "evaluation", "card", "hub", "report", "comparison", "registry", ""),
-    *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.app", "cli"),
+    *(
+        "inference",
+        "onnx",
+        "evaluation",
+        "card",
+        "hub",
+        "report",
+        "comparison",
+        "timing",
+        "benchmark",
+        "benchmark_train",
+    ),
+    *("registry", ""),
+    *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.benchmark"),
+    *("cli.app", "cli"),
 ]
 HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")
 
