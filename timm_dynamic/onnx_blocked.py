@@ -123,6 +123,9 @@ class _Writer:
         seams = [name for name in (*inputs, *outputs) if name in self.seams]
         fixed = {*inputs, *outputs}
         names, extra = self._unseam(fast, seams, set(inputs))
+        for constant in {weight.name for weight in fast.initializer} & set(outputs) - names.keys():
+            names[constant] = f"{constant}_plain"
+            extra[f"{constant}_given"] = self.onnx.helper.make_node("Identity", [names[constant]], [constant])
         prefix = f"g{next(self.numbers)}_"
 
         def name(old: str) -> str:
@@ -171,9 +174,9 @@ class _Writer:
         names: dict[str, str] = {}
         changes: dict[str, Any] = {}
         for seam in seams:
-            maker, plain = makers[seam], f"{seam}_plain"
+            maker, plain = makers.get(seam), f"{seam}_plain"
             names[seam] = plain
-            if maker.op_type == "ReorderOutput":
+            if maker is not None and maker.op_type == "ReorderOutput":
                 self.changed = True
                 names[maker.input[0]] = seam
                 if seam in inputs:
