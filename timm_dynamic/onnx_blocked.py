@@ -14,6 +14,7 @@ import numpy as np
 
 DOMAIN = "com.microsoft.nchwc"
 WIDTH = 16  # channels in a block are at most this many; blocks of 8 divide it
+SMALL = 4096  # bytes
 AS_THEY_ARE = ("If", "Identity")  # nodes that are no matter of layout
 
 
@@ -50,14 +51,31 @@ class _Writer:
         self.seams: dict[str, int] = {}  # value that goes from graph to graph in the blocked layout -> its channels
         self.numbers = itertools.count()
         self.changed = False
-        self._collect(onnx.shape_inference.infer_shapes(model).graph)
+        self._collect_weights(model.graph)
+        skeleton = type(model)()
+        skeleton.CopyFrom(model)
+        self._hollow(skeleton.graph)
+        self._collect_types(onnx.shape_inference.infer_shapes(skeleton).graph)
         self._find_seams(model.graph)
 
-    def _collect(self, graph: Any) -> None:
+    def _collect_weights(self, graph: Any) -> None:
         self.weights.update({weight.name: weight for weight in graph.initializer})
+        for branch in (branch for node in graph.node for branch in branches(node)):
+            self._collect_weights(branch)
+
+    def _hollow(self, graph: Any) -> None:
+        """Take the values of large weights away: shapes can be inferred without."""
+        for weight in graph.initializer:
+            if len(weight.raw_data) > SMALL:
+                weight.ClearField("raw_data")
+                weight.data_location = self.onnx.TensorProto.EXTERNAL
+        for branch in (branch for node in graph.node for branch in branches(node)):
+            self._hollow(branch)
+
+    def _collect_types(self, graph: Any) -> None:
         self.types.update({v.name: v for v in (*graph.input, *graph.output, *graph.value_info)})
         for branch in (branch for node in graph.node for branch in branches(node)):
-            self._collect(branch)
+            self._collect_types(branch)
 
     def _find_seams(self, graph: Any) -> None:
         """Values that branches read from outside, and what `If` nodes give, where blocks fit."""
@@ -84,7 +102,11 @@ class _Writer:
         kind = self.types[name].type.tensor_type
         sizes = [dim.dim_value for dim in kind.shape.dim]
         fits = kind.elem_type == self.onnx.TensorProto.FLOAT and len(sizes) == 4 and all(sizes)
-        return sizes[1] if fits and sizes[1] % WIDTH == 0 and sizes[2] * sizes[3] > 1 else 0
+        return sizes[1] if fits and sizes[1] % WIDTH == 0 else 0
+
+    def _is_point(self, name: str) -> bool:
+        """Whether a value has one pixel: then its blocked form is its plain one, [B, C, 1, 1]."""
+        return all(dim.dim_value == 1 for dim in self.types[name].type.tensor_type.shape.dim[2:])
 
     def rewrite(self, graph: Any) -> Any:
         """A graph and its branches in the blocked layout."""
@@ -120,7 +142,7 @@ class _Writer:
         used = {name for node in nodes for name in node.input if name}
         inputs, outputs = sorted(used - made - self.weights.keys()), [name for name in asked if name in made]
         fast = self.optimise(self._model_of(nodes, inputs, outputs, used)).graph
-        seams = [name for name in (*inputs, *outputs) if name in self.seams]
+        seams = [*self._dressed(inputs), *(name for name in outputs if name in self.seams)]
         fixed = {*inputs, *outputs}
         names, extra = self._unseam(fast, seams, set(inputs))
         for constant in {weight.name for weight in fast.initializer} & set(outputs) - names.keys():
@@ -153,16 +175,20 @@ class _Writer:
         for name in inputs:
             value = self.onnx.ValueInfoProto()
             value.CopyFrom(self.types[name])
-            if name in self.seams:
+            if name in self._dressed([name]):
                 value.name, channels = f"{name}_raw", self.seams[name]
                 ones = self.onnx.numpy_helper.from_array(np.ones((channels, 1, 1, 1), np.float32), f"{name}_ones")
                 weights.append(ones)
                 first.append(helper.make_node("Conv", [value.name, ones.name], [name], group=channels))
             given.append(value)
         # as an output too, the convolution is fused with nothing
-        wanted = [self.types[name] for name in (*outputs, *(n for n in inputs if n in self.seams))]
+        wanted = [self.types[name] for name in (*outputs, *self._dressed(inputs))]
         graph = helper.make_graph([*first, *nodes], "part", given, wanted, weights)
         return helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+
+    def _dressed(self, inputs: Sequence[str]) -> list[str]:
+        """The inputs that look as if a convolution had given them."""
+        return [name for name in inputs if name in self.seams and not self._is_point(name)]
 
     def _unseam(self, fast: Any, seams: Sequence[str], inputs: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
         """Names to change so that a seam's name stands for its blocked value.
@@ -183,6 +209,8 @@ class _Writer:
                     changes[maker.input[0]] = None  # the convolution that changes nothing
             elif seam in inputs:
                 raise NotBlocked(f"{seam} is not blocked")
+            elif self._is_point(seam):
+                del names[seam]
             else:
                 changes[f"{seam}_blocked"] = self.onnx.helper.make_node("ReorderInput", [plain], [seam], domain=DOMAIN)
         return names, changes
