@@ -16,8 +16,9 @@ RECIPES = PACKAGE.parent / "train_recipes"
 ORDER = [
     *("version", "configs", "safety", "losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
     *("walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
-    *("inference", "onnx", "evaluation", "card", "hub", "report", "registry", ""),
-    *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.app", "cli"),
+    *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
+    *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "registry", ""),
+    *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.export", "cli.app", "cli"),
 ]
 HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")
 

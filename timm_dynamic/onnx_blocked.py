@@ -111,7 +111,8 @@ class _Writer:
     def rewrite(self, graph: Any) -> Any:
         """A graph and its branches in the blocked layout."""
         helper = self.onnx.helper
-        kept, computed = [], []
+        kept: list[Any] = []
+        computed: list[Any] = []
         for node in graph.node:
             (kept if node.op_type in AS_THEY_ARE else computed).append(node)
         asked = {name for node in kept for name in reads(node)} | {value.name for value in graph.output}

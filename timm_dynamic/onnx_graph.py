@@ -5,7 +5,7 @@ Runtime bring its convolutions into a fast layout, and load nothing of it into t
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -123,7 +123,7 @@ def prune(graph: Graph) -> set[str]:
 
 
 def to_model(
-    graph: Graph, inputs: dict[str, Sequence[Any]], outputs: dict[str, Sequence[Any]], metadata: dict[str, str]
+    graph: Graph, inputs: Mapping[str, Sequence[Any]], outputs: Mapping[str, Sequence[Any]], metadata: dict[str, str]
 ) -> Any:
     """The graph as an `onnx.ModelProto`.
 

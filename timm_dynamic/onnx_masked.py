@@ -37,9 +37,7 @@ def _whole(x: Tensor, value: int) -> Tensor:
     return (x.sum((1, 2, 3)) * 0).long() + value
 
 
-def _run_unit(
-    net: Net, graph: Graph, i: int, x: Value, spent: Value, memory: Memory
-) -> tuple[Value, Value, Memory]:
+def _run_unit(net: Net, graph: Graph, i: int, x: Value, spent: Value, memory: Memory) -> tuple[Value, Value, Memory]:
     unit, row, g = net.units[i], net.table.units[i], i - 1
     if i > 0 and net.units[g].last:
         (x,) = translate(graph, lambda x: net.family.leave(net.model, net.units[g].stage, x), x)
@@ -63,9 +61,7 @@ def _run_unit(
     return x, spent, memory
 
 
-def _leave(
-    net: Net, graph: Graph, index: int, x: Value, spent: Value, done: list[Value]
-) -> tuple[list[Value], Value]:
+def _leave(net: Net, graph: Graph, index: int, x: Value, spent: Value, done: list[Value]) -> tuple[list[Value], Value]:
     """Let the images that leave at exit `index` do so; gives what is known of those that have left, and the costs."""
     end = index == net.last
     if not end and not net.asks(index) and net.most is None:

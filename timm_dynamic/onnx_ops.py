@@ -83,7 +83,7 @@ def translate(graph: Graph, function: Callable[..., Any], *values: Value) -> lis
             env[node] = getattr(traced, node.target).detach()
         elif node.op == "call_function":
             env[node] = _write(graph, node, env)
-    out = traced.graph.output_node().args[0]
+    out: Any = traced.graph.output_node().args[0]
     found = list(out) if isinstance(out, (tuple, list)) else [out]
     return [Value(_named(graph, env[node]), _like(node.meta["val"])) for node in found]
 
@@ -102,11 +102,13 @@ def _named(graph: Graph, value: Any) -> Any:
 def _write(graph: Graph, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     """One operation: computed now if it only depends on weights, else written into the graph."""
     if not any(isinstance(env[n], (str, list)) for n in node.all_input_nodes):
-        args, options = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+        known: Any = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+        args, options = known
         return node.target(*args, **options)  # type: ignore[operator]
-    args, options = fx.map_arg((node.args, node.kwargs), lambda n: _named(graph, env[n]))
+    named: Any = fx.map_arg((node.args, node.kwargs), lambda n: _named(graph, env[n]))
+    args, options = named
     if getattr(node.target, "__name__", "") == "getitem":
-        return args[0][args[1]] if isinstance(args[0], list) else args[0]
+        return args[0][args[1]]
     packet = str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
     if packet not in WRITERS:
         raise ValueError(f"no ONNX form of {node.target}: what uses it cannot be exported")
@@ -136,12 +138,12 @@ def _plain(kind: str) -> Callable[[_Call], str]:
 
 def _promoted(call: _Call, names: list[str]) -> list[str]:
     """Operands of one dtype, where they differ."""
-    nodes = call.node.args
-    kinds = [n.meta["val"].dtype for n in nodes if isinstance(n, fx.Node)]
-    if len(kinds) < 2 or len(set(kinds)) == 1 or kinds[0] == torch.bool and len(kinds) == 3:
+    kinds = [n.meta["val"].dtype for n in call.node.args if isinstance(n, fx.Node)]
+    if len(kinds) != 2 or kinds[0] == kinds[1]:  # `where` has three
         return names
-    common = torch.promote_types(kinds[0], kinds[1])
-    return [_cast(call.graph, name, common) if kind != common else name for name, kind in zip(names, kinds, strict=True)]
+    common = torch.promote_types(*kinds)
+    pairs = zip(names, kinds, strict=True)
+    return [name if kind == common else _cast(call.graph, name, common) for name, kind in pairs]
 
 
 _ONNX_TYPES = {torch.float32: 1, torch.int64: 7, torch.bool: 9, torch.float64: 11}

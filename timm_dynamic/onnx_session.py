@@ -73,7 +73,7 @@ class Runner:
                 return
             self._session = _open(runtime, fast, threads, optimise=False)
             found = self(image)
-        except (NotBlocked, RuntimeError, *_errors(runtime)):
+        except _errors(runtime):
             self._session = plain
             return
         scale = TOLERANCE * max(1.0, float(np.abs(wanted[0]).max(initial=0.0)))
@@ -111,10 +111,11 @@ class Runner:
         return logits, exits, macs
 
 
-def _errors(runtime: Any) -> list[type[Exception]]:
-    """What the runtime raises for a graph that it cannot load or run."""
+def _errors(runtime: Any) -> tuple[type[Exception], ...]:
+    """What a graph that cannot be rewritten, loaded or run ends in."""
     state = runtime.capi.onnxruntime_pybind11_state
-    return [getattr(state, name) for name in ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented")]
+    kinds = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
+    return (NotBlocked, RuntimeError, *(getattr(state, kind) for kind in kinds))
 
 
 def _options(runtime: Any, threads: int | None) -> Any:
