@@ -146,7 +146,7 @@ def _rest(net: Net, graph: Graph, i: int, x: Value, pools: bool) -> list[Value]:
 
 
 def _pooled(graph: Graph, y: Value, pools: bool) -> list[Value]:
-    return [Value(pool(graph, y.name), torch.empty(1, y.sample.shape[1], 1, 1))] if pools else []
+    return [Value(pool(graph, y.name), torch.zeros(1, y.sample.shape[1], 1, 1))] if pools else []
 
 
 def _choose(net: Net, graph: Graph, i: int, x: Value, keep: str, pools: bool) -> list[Value]:

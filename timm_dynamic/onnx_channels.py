@@ -186,7 +186,7 @@ def _after(stores: _Stores, step: int, x: Tensor) -> Tensor:
     conv = stores.steps[step][0]
     options: Any = (conv.stride, conv.padding, conv.dilation)
     shape = nn.functional.conv2d(x.to("meta"), conv.weight.to("meta"), None, *options).shape
-    return torch.empty(shape)
+    return torch.zeros(shape)
 
 
 def _step(stores: _Stores, graph: Graph, step: int, x: Value, chosen: tuple[_Way | None, _Way | None]) -> str:

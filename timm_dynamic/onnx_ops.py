@@ -70,9 +70,7 @@ def translate(graph: Graph, function: Callable[..., Any], *values: Value) -> lis
         ValueError: for an operation that is not known here.
     """
     with torch.no_grad():
-        traced = make_fx(functionalize(function, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True)(
-            *[value.sample for value in values]
-        )
+        traced = make_fx(functionalize(function, remove="mutations"))(*[value.sample for value in values])
     traced.graph.eliminate_dead_code()
     given = iter(values)
     env: dict[fx.Node, Any] = {}
@@ -89,7 +87,7 @@ def translate(graph: Graph, function: Callable[..., Any], *values: Value) -> lis
 
 
 def _like(sample: Any) -> Tensor:
-    return torch.empty(tuple(sample.shape), dtype=sample.dtype)
+    return torch.zeros(tuple(sample.shape), dtype=sample.dtype)
 
 
 def _named(graph: Graph, value: Any) -> Any:
