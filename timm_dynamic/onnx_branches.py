@@ -3,13 +3,12 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
-from . import units
+from . import families, units
 from .onnx_channels import run_chosen
 from .onnx_graph import Graph
 from .onnx_ops import Value, pool, translate
-from .onnx_parts import Memory, Net, ask_layer, classify, gates_pool, stops_of, sure
+from .onnx_parts import Memory, Net, ask_layer, classify, gates_pool, join, leave_stage, stops_of, sure
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ def _run_unit(net: Net, graph: Graph, way: _Way, i: int) -> _Way:
     unit, row = net.units[i], net.table.units[i]
     if i > 0 and net.units[i - 1].last:
         stage = net.units[i - 1].stage
-        (x,) = translate(graph, lambda x: net.family.leave(net.model, stage, x), way.x)
-        way = replace(way, x=x).pay(net.table.leave[stage])
+        way = replace(way, x=leave_stage(net, graph, stage, way.x)).pay(net.table.leave[stage])
     way = way.pay(row.shortcut + row.layer_gate)
     pools = gates_pool(net, i + 1) and not (unit.kind.grows and unit.last)
     if i == 0 or net.layer_gates is None:
@@ -132,12 +130,13 @@ def _compute(net: Net, graph: Graph, i: int, x: Value, pools: bool) -> list[Valu
 
 def _rest(net: Net, graph: Graph, i: int, x: Value, pools: bool) -> list[Value]:
     """Skip a unit: as `_compute`."""
-    unit, row = net.units[i], net.table.units[i]
-
-    def rest(x: Tensor) -> Tensor:
-        return units.rest(unit, units.shortcut(unit, x))
-
-    (y,) = translate(graph, rest, x)
+    unit, row, y = net.units[i], net.table.units[i], x
+    if (
+        unit.kind.grows
+        or unit.module.downsample is not None
+        or not families.rests_unchanged(unit.kind.act(unit.module))
+    ):
+        (y,) = translate(graph, lambda x: units.rest(unit, units.shortcut(unit, x)), x)
     if unit.kind.grows:  # zeros have a known average
         width = y.sample.shape[1]
         graph.pools[y.name] = graph.constant([[[[0.0]]] * width])
@@ -164,7 +163,7 @@ def _choose(net: Net, graph: Graph, i: int, x: Value, keep: str, pools: bool) ->
 def _join(net: Net, graph: Graph, i: int, x: Value, y: Value) -> Value:
     """The next unit's input. The average of what is put side by side is the averages put side by side."""
     unit = net.units[i]
-    (out,) = translate(graph, lambda x, y: units.join(unit, x, y), x, y)
+    out = join(net, graph, i, x, y)
     if unit.kind.grows and graph.pool_of(y.name) is not None:
         graph.pools[out.name] = graph.op("Concat", pool(graph, x.name), pool(graph, y.name), axis=1)
     return out

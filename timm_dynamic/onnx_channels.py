@@ -205,7 +205,17 @@ def _step(stores: _Stores, graph: Graph, step: int, x: Value, chosen: tuple[_Way
             "Conv", x.name, weight, bias, kernel_shape=list(conv.kernel_size), strides=list(conv.stride),
             pads=[int(p) for p in conv.padding] * 2, dilations=list(conv.dilation),
         )  # fmt: skip
-    return translate(graph, lambda y: _follow(after, y), Value(name, y))[0].name
+    return _written(graph, after, Value(name, y))
+
+
+def _written(graph: Graph, modules: Sequence[nn.Module | None], x: Value) -> str:
+    """What modules give; a lone ReLU, as most are, needs no tracing."""
+    acting = [module for module in modules if module is not None and not isinstance(module, nn.Identity)]
+    if not acting:
+        return x.name
+    if len(acting) == 1 and type(acting[0]) is nn.ReLU:
+        return graph.op("Relu", x.name)
+    return translate(graph, lambda x: _follow(acting, x), x)[0].name
 
 
 def _weights(stores: _Stores, graph: Graph, step: int, chosen: tuple[_Way | None, _Way | None]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from . import units
 from .gates import widen
 from .onnx_graph import Graph
 from .onnx_ops import Value, translate
-from .onnx_parts import Memory, Net, ask_channels, ask_layer, classify, stops_of, sure
+from .onnx_parts import Memory, Net, ask_channels, ask_layer, classify, leave_stage, stops_of, sure
 
 
 def write_masked(net: Net, graph: Graph, images: Value) -> list[Value]:
@@ -40,7 +40,7 @@ def _whole(x: Tensor, value: int) -> Tensor:
 def _run_unit(net: Net, graph: Graph, i: int, x: Value, spent: Value, memory: Memory) -> tuple[Value, Value, Memory]:
     unit, row, g = net.units[i], net.table.units[i], i - 1
     if i > 0 and net.units[g].last:
-        (x,) = translate(graph, lambda x: net.family.leave(net.model, net.units[g].stage, x), x)
+        x = leave_stage(net, graph, net.units[g].stage, x)
         (spent,) = translate(graph, lambda spent: spent + net.table.leave[net.units[g].stage], spent)
     chosen: list[Value] = []
     layered = i > 0 and net.layer_gates is not None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import families
+from . import families, units
 from .costs import CostTable, count_macs
 from .exits import confident
 from .inference import FoldedRecurrentGates, optimize_for_inference
@@ -159,6 +159,19 @@ def gates_pool(net: Net, i: int) -> bool:
 
 
 # Exits ---------------------------------------------------------------------------------------------------------------
+
+
+def leave_stage(net: Net, graph: Graph, stage: int, x: Value) -> Value:
+    """What the unit after a stage is given: in a DenseNet a transition stands between."""
+    if not net.units[-1].kind.grows:
+        return x
+    return translate(graph, lambda x: net.family.leave(net.model, stage, x), x)[0]
+
+
+def join(net: Net, graph: Graph, i: int, x: Value, y: Value) -> Value:
+    """The next unit's input, from input and output of unit `i`."""
+    unit = net.units[i]
+    return translate(graph, lambda x, y: units.join(unit, x, y), x, y)[0] if unit.kind.grows else y
 
 
 def classify(net: Net, graph: Graph, index: int, x: Value) -> Value:

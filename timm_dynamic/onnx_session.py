@@ -68,7 +68,7 @@ class Runner:
         image = np.random.default_rng(0).standard_normal((1, *self.metadata["input_size"]), dtype=np.float32)
         wanted, plain = self(image), self._session
         try:
-            fast = blocked(onnx, model, lambda part: _optimised(onnx, runtime, part))
+            fast = _rewritten(onnx, runtime, model)
             if fast.ByteSize() > LARGEST:
                 return
             self._session = _open(runtime, fast, threads, optimise=False)
@@ -133,11 +133,15 @@ def _open(runtime: Any, model: Any, threads: int | None, optimise: bool = True) 
     return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _optimised(onnx: Any, runtime: Any, model: Any) -> Any:
-    """A model as the runtime would run it."""
+def _rewritten(onnx: Any, runtime: Any, model: Any) -> Any:
+    """A file's network in the blocked layout."""
     options = _options(runtime, 1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "part.onnx"
         options.optimized_model_filepath = str(place)
-        runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return onnx.load_model_from_string(place.read_bytes())
+
+        def optimise(part: Any) -> Any:
+            runtime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return onnx.load_model_from_string(place.read_bytes())
+
+        return blocked(onnx, model, optimise)
