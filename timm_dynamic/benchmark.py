@@ -13,8 +13,8 @@ import math
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def benchmark(model: Any, config: Benchmark | None = None, watch: Watch = iter) 
     torch.set_num_threads(config.threads or before)
     rows: list[Row] = []
     try:
-        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             bench = _Bench(model, config, size, Path(folder))
             for batch in config.batch_sizes:
                 rows += bench.race(batch, watch)
@@ -214,9 +214,11 @@ class Contender:
     calls: int = 1  # in each turn
     times: list[tuple[float, float]] = field(default_factory=list)  # wall and device ms of a call
 
-    def within(self) -> Any:
+    @contextmanager
+    def within(self) -> Iterator[None]:
         """The context to run in."""
-        return force(self.model, **self.forced) if self.forced else nullcontext()
+        with torch.inference_mode(), force(self.model, **self.forced) if self.forced else nullcontext():
+            yield
 
     def turn(self, clock: Clock) -> tuple[float, float]:
         """Milliseconds of a call: by the wall clock and by the device's."""
@@ -278,8 +280,7 @@ class _Bench:
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """A network that is made when it is first needed."""
         if name not in self.made:
-            with torch.inference_mode(False), torch.no_grad():
-                self.made[name] = make()
+            self.made[name] = make()
         return self.made[name]
 
     def _dense(self, name: str, x: Tensor) -> tuple[Any, Callable[[], Tensor]]:
@@ -395,7 +396,6 @@ def settled(model: Any, forced: dict[str, Any]) -> Any:
 
     fixed = copy.deepcopy(model)
     layers = digits(forced["layer_keep"]) if "layer_keep" in forced else ""
-    with torch.inference_mode(False):
-        set_policy(fixed, layers, "".join(map(digits, forced.get("channel_keep", ()))))
+    set_policy(fixed, layers, "".join(map(digits, forced.get("channel_keep", ()))))
     fixed.dynamic.forced = None
     return set_budget(fixed, exit=forced["exit"]) if "exit" in forced else fixed
