@@ -82,7 +82,43 @@ def run_masked(unit: Unit, x: Tensor, keep: Tensor | None, keeps: Keeps | None) 
     gate = keep.to(y.dtype)[:, None, None, None]
     if unit.kind.grows:  # rests at zeros
         return gate * y
-    return gate * y + (1 - gate) * rest(unit, short)
+    return mix(rest(unit, short), y, gate)
+
+
+def mix(rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """`gate * y + (1 - gate) * rested`, exact for gates of 0 and 1. [B, C, H, W] twice, gate: [B, 1, 1, 1]."""
+    if torch.is_grad_enabled() and type(y) is Tensor and not torch.compiler.is_compiling():
+        return _Mix.apply(rested, y, gate)
+    return torch.lerp(rested, y, gate)
+
+
+class _Mix(torch.autograd.Function):
+    """`torch.lerp` with a gradient in fewer passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """See `mix`."""
+        ctx.all_run = y.device.type == "cpu" and bool((gate == 1).all())  # on a GPU one would have to wait for this
+        ctx.save_for_backward(*((rested, y, gate) if gate.requires_grad else (None, None, gate)))
+        return y.view_as(y) if ctx.all_run else torch.lerp(rested, y, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:  # type: ignore[override]
+        """grad: [B, C, H, W] -> gradients of what `forward` was given."""
+        rested, y, gate = ctx.saved_tensors
+        by_gate = _dots(grad, y - rested) if ctx.needs_input_grad[2] else None
+        if ctx.all_run:
+            return None, grad, by_gate
+        return grad * (1 - gate), grad * gate, by_gate
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """The product of each image of `a` with that of `b`: [B, C, H, W] twice -> [B, 1, 1, 1]."""
+    if a.dtype == torch.float32:
+        return (a * b).sum((1, 2, 3), keepdim=True)
+    a, b = (t.permute(0, 2, 3, 1).flatten(1) for t in (a, b))
+    return torch.bmm(a[:, None], b[:, :, None])[..., None]
 
 
 def run_skipping(

@@ -269,7 +269,16 @@ def benchmark(
             device=device,
         )
         models = {name: bench.network(name, kind, mode) for name in names}
-        found = bench.run(models, config, train, dtype, lambda rounds: _progress(rounds, len(rounds), "timing"))
+
+        def work(model: Any) -> Any:
+            def watch(rounds: Any) -> Iterable[int]:
+                return _progress(rounds, len(rounds), "timing")
+
+            if train:
+                return bench.benchmark_training(model, config, keep or (None,), dtype, watch)
+            return bench.compute(model, config, watch)
+
+        found = bench.run(models, work)
         if as_json:
             _print_json([{"name": name, **row.to_dict()} for name, rows in found.items() for row in rows])
         else:

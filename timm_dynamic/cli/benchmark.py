@@ -1,16 +1,15 @@
 """The command `benchmark`: tables and a figure."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 
-from ..benchmark import Benchmark, Row, Watch, awaken
-from ..benchmark import benchmark as compute
-from ..benchmark_train import TrainRow, benchmark_training
+from ..benchmark import Benchmark, Row, awaken
+from ..benchmark_train import TrainRow
 from ..report import BLUE, GREEN, GREY, INK, ORANGE, drawn, figure_and_axes
 from .errors import Failed, bad_input, one_line
 from .models import load, pick_device
@@ -40,7 +39,7 @@ def network(name: str, layer_gates: str | None, channel_mode: str | None) -> nn.
     return awaken(load(name, pretrained=False, layer_gates=layer_gates, channel_gates=channels))
 
 
-def run(models: dict[str, nn.Module], config: Benchmark, train: bool, dtype: str | None, watch: Watch) -> Results:
+def run(models: dict[str, nn.Module], work: Callable[[nn.Module], Sequence[Any]]) -> Results:
     """Rows by the networks' names.
 
     Raises:
@@ -49,23 +48,20 @@ def run(models: dict[str, nn.Module], config: Benchmark, train: bool, dtype: str
     """
     found: Results = {}
     for name, model in models.items():
-        with bad_input(about=name):
-            try:
-                found[name] = (
-                    benchmark_training(model, config, dtype, watch) if train else compute(model, config, watch)
-                )
-            except ImportError as error:
-                raise Failed(f"{one_line(error)}: pip install 'timm-dynamic[onnx]'") from error
+        try:
+            with bad_input(about=name):
+                found[name] = list(work(model))
+        except ImportError as error:
+            raise Failed(f"{one_line(error)}: pip install 'timm-dynamic[onnx]'") from error
     return found
 
 
 def check(found: Results) -> None:
     """Raise `Failed` if an engine gave something else than the plain network."""
-    wrong = {
-        f"{name}: {row.engine}" for name, rows in found.items() for row in rows if not getattr(row, "agrees", True)
-    }
+    rows = [(name, row) for name, rows in found.items() for row in rows]
+    wrong = sorted({f"{row.engine} ({name})" for name, row in rows if isinstance(row, Row) and not row.agrees})
     if wrong:
-        raise Failed(f"not what the plain network gives: {', '.join(sorted(wrong))}")
+        raise Failed(f"not what the plain network gives: {', '.join(wrong)}")
 
 
 # Showing -------------------------------------------------------------------------------------------------------------
@@ -112,11 +108,12 @@ def _table(name: str, rows: Sequence[Row], own: str) -> Table:
 def _train_table(name: str, rows: Sequence[TrainRow], own: str) -> Table:
     table = _columns(
         f"{name}: a training step, ms for an image, medians",
-        *("task", "batch", "dtype", "ms", "spread", f"{own} ms", "of the base", f"by {own} time", "peak MB"),
+        *("task", "batch", "keep", "dtype", "ms", "spread", f"{own} ms", "of the base", f"by {own} time", "peak MB"),
     )
     for row in rows:
         cells = (_ms(row.ms), _ms(row.spread), _ms(row.device_ms), f"{row.ratio:.2f}", f"{row.ratio_device:.2f}")
-        table.add_row(row.task, str(row.batch), row.dtype, *cells, f"{row.peak_mb:.1f}")
+        keep = "" if row.keep is None else f"{row.keep:g}"
+        table.add_row(row.task, str(row.batch), keep, row.dtype, *cells, f"{row.peak_mb:.1f}")
     return table
 
 
