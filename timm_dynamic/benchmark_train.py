@@ -150,7 +150,7 @@ def _steps(
         for name, task in tasks.items():
             if keep is not None:
                 layers = drawn(model, batch, keep, 1.0, None, generator)["layer_keep"]
-                task.model.dynamic.forced = Forced(layer_keep=layers)
+                task.model.dynamic.forced = Forced(layer_keep=layers)  # type: ignore[union-attr]
             found.append((name, _Step(task, x, y, keep)))
     return found
 

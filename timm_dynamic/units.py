@@ -96,7 +96,7 @@ class _Mix(torch.autograd.Function):
     """`torch.lerp` with a gradient in fewer passes over memory."""
 
     @staticmethod
-    def forward(ctx: Any, rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """See `mix`."""
         ctx.all_run = y.device.type == "cpu" and bool((gate == 1).all())  # on a GPU one would have to wait for this
         ctx.save_for_backward(*((rested, y, gate) if gate.requires_grad else (None, None, gate)))
@@ -104,7 +104,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """grad: [B, C, H, W] -> gradients of what `forward` was given."""
         rested, y, gate = ctx.saved_tensors
         by_gate = _dots(grad, y - rested) if ctx.needs_input_grad[2] else None

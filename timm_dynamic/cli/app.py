@@ -270,15 +270,13 @@ def benchmark(
         )
         models = {name: bench.network(name, kind, mode) for name in names}
 
-        def work(model: Any) -> Any:
-            def watch(rounds: Any) -> Iterable[int]:
-                return _progress(rounds, len(rounds), "timing")
+        def watch(turns: Any) -> Iterable[int]:
+            return _progress(turns, len(turns), "timing")
 
-            if train:
-                return bench.benchmark_training(model, config, keep or (None,), dtype, watch)
-            return bench.compute(model, config, watch)
-
-        found = bench.run(models, work)
+        if train:
+            found = bench.run_training(models, config, keep or (), dtype, watch)
+        else:
+            found = bench.run(models, config, watch)
         if as_json:
             _print_json([{"name": name, **row.to_dict()} for name, rows in found.items() for row in rows])
         else:

@@ -1,15 +1,15 @@
 """The command `benchmark`: tables and a figure."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 
-from ..benchmark import Benchmark, Row, awaken
-from ..benchmark_train import TrainRow
+from ..benchmark import Benchmark, Row, Watch, awaken, benchmark
+from ..benchmark_train import TrainRow, benchmark_training
 from ..report import BLUE, GREEN, GREY, INK, ORANGE, drawn, figure_and_axes
 from .errors import Failed, bad_input, one_line
 from .models import load, pick_device
@@ -39,8 +39,8 @@ def network(name: str, layer_gates: str | None, channel_mode: str | None) -> nn.
     return awaken(load(name, pretrained=False, layer_gates=layer_gates, channel_gates=channels))
 
 
-def run(models: dict[str, nn.Module], work: Callable[[nn.Module], Sequence[Any]]) -> Results:
-    """Rows by the networks' names.
+def run(models: dict[str, nn.Module], config: Benchmark, watch: Watch) -> Results:
+    """Rows of inference by the networks' names.
 
     Raises:
         BadInput: if a network cannot do what is asked for.
@@ -50,9 +50,24 @@ def run(models: dict[str, nn.Module], work: Callable[[nn.Module], Sequence[Any]]
     for name, model in models.items():
         try:
             with bad_input(about=name):
-                found[name] = list(work(model))
+                found[name] = list(benchmark(model, config, watch))
         except ImportError as error:
             raise Failed(f"{one_line(error)}: pip install 'timm-dynamic[onnx]'") from error
+    return found
+
+
+def run_training(
+    models: dict[str, nn.Module], config: Benchmark, keeps: Sequence[float], dtype: str | None, watch: Watch
+) -> Results:
+    """Rows of training by the networks' names; without keep ratios the gates decide.
+
+    Raises:
+        BadInput: if a network cannot do what is asked for.
+    """
+    found: Results = {}
+    for name, model in models.items():
+        with bad_input(about=name):
+            found[name] = list(benchmark_training(model, config, keeps or (None,), dtype, watch))
     return found
 
 
