@@ -140,14 +140,16 @@ def run_skipping(
         reuse: results may be put into `x` itself, because nobody else reads it.
         slices: remembers sliced weights, where these never change.
     """
-    short = shortcut(unit, x)
     places = None if keep is None else _places(keep)
     if places is None:
-        return close(unit, _sliced_branch(unit, x, choose(x, None), slices), short)
+        y = _sliced_branch(unit, x, choose(x, None), slices)
+        return close(unit, y, shortcut(unit, x))
     if len(places) == 0:
-        return rest(unit, short)
+        return rest(unit, shortcut(unit, x))
     picked = x[places]
     y = _sliced_branch(unit, picked, choose(picked, places), slices)
+    del picked
+    short = shortcut(unit, x)
     y = close(unit, y, short if unit.kind.grows else short[places])
     out = rest(unit, short)
     if out.requires_grad or (out is x and not reuse):
@@ -158,6 +160,8 @@ def run_skipping(
 
 def _places(keep: Tensor) -> Tensor | None:
     """Where `keep` [B] holds; None for everywhere."""
+    if len(keep) == 1:  # most often asked, and quickest so
+        return None if bool(keep) else keep.new_empty(0)
     places = keep.nonzero().flatten()
     return None if len(places) == len(keep) else places
 

@@ -185,6 +185,7 @@ class Walk:
     def to_unit(self, index: int) -> None:
         """Run the units up to `index`, that one included."""
         while self.next <= index:
+            self.tapped = None  # who wants it has it by now
             self._run(self.next, self.units[self.next])
             self.next += 1
 
