@@ -146,15 +146,49 @@ def run_skipping(
         return close(unit, y, shortcut(unit, x))
     if len(places) == 0:
         return rest(unit, shortcut(unit, x))
-    picked = x[places]
+    picked = gathered(x, places)
     y = _sliced_branch(unit, picked, choose(picked, places), slices)
-    del picked
     short = shortcut(unit, x)
-    y = close(unit, y, short if unit.kind.grows else short[places])
+    del picked
+    if short is x and not unit.kind.grows and _by_image(y, x) and rests_unchanged(unit.kind.act(unit.module)):
+        return _add_by_image(unit, x if reuse else x.clone(), places, y)
+    if not unit.kind.grows:
+        y = close(unit, y, gathered(short, places))
     out = rest(unit, short)
     if out.requires_grad or (out is x and not reuse):
         out = out.clone()
-    out[places] = y
+    return _put(out, places, y)
+
+
+def gathered(x: Tensor, places: Tensor) -> Tensor:
+    """Some images, in the layout that they had. x: [B, C, H, W] -> [B', C, H, W]."""
+    if layout_of(x) == torch.contiguous_format:
+        return x.index_select(0, places)
+    return x.permute(0, 2, 3, 1).index_select(0, places).permute(0, 3, 1, 2)
+
+
+def _by_image(*tensors: Tensor) -> bool:
+    """Whether images are best written one by one: they are on a CPU, and no gradient is to flow."""
+    return all(t.device.type == "cpu" and not t.requires_grad for t in tensors)
+
+
+def _put(out: Tensor, places: Tensor, y: Tensor) -> Tensor:
+    """Write the images of `y` to their places in `out`: [B', C, H, W] -> [B, C, H, W]."""
+    if not _by_image(out, y):
+        out[places] = y
+        return out
+    for i, image in zip(places.tolist(), y.unbind(0), strict=True):
+        out[i].copy_(image)
+    return out
+
+
+def _add_by_image(unit: Unit, out: Tensor, places: Tensor, y: Tensor) -> Tensor:
+    """`close` on the images at `places`, in place: [B', C, H, W] -> [B, C, H, W]."""
+    relu = isinstance(unit.kind.act(unit.module), nn.ReLU)
+    for i, image in zip(places.tolist(), y.unbind(0), strict=True):
+        row = out[i].add_(image)
+        if relu:
+            row.relu_()
     return out
 
 
@@ -177,10 +211,10 @@ def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None, slices: Slices | 
     for i, pattern in enumerate(patterns):
         places = (which == i).nonzero().flatten()
         kept = [part.nonzero().flatten() for part in pattern.split([k.shape[1] for k in keeps])]
-        y = _branch_slice(unit, x[places], kept, slices)
+        y = _branch_slice(unit, gathered(x, places), kept, slices)
         if out is None:
             out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=layout_of(y))
-        out[places] = y
+        out = _put(out, places, y)
     assert out is not None
     return out
 

@@ -162,6 +162,7 @@ class Walk:
         self.next = 0  # the unit to come
         if model.dynamic.origin is not None:
             x = x.contiguous(memory_format=torch.channels_last)
+        self.tapped: Any  # until the first unit runs
         self.tapped, self.x = self.family.stem(model, x)
 
     def _open_account(self, table: costs.CostTable) -> Account:
@@ -208,7 +209,7 @@ class Walk:
             return
         stay = (~leaving).nonzero().flatten()
         self.rows = stay if self.rows is None else self.rows[stay]
-        self.x = self.x[stay]
+        self.x = units.gathered(self.x, stay)
         if self.memory is not None:
             self.memory = (self.memory[0][stay], self.memory[1][stay])
         for account in self.accounts:
@@ -310,11 +311,22 @@ class Walk:
         if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
             sizes = self.channel_gates.sizes[g]
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
-        for account in self.accounts:
-            account.charge(account.table.units[i].price(keep, chosen))
+        if self.accounts:
+            self._charge(i, keep, chosen)
         if self.log is not None and chosen is not None:
             self.log.channel_keep += [spread(k, self.rows, self.log.batch) for k in chosen]
         self.x = units.join(unit, self.x, y)
+
+    def _charge(self, i: int, keep: Tensor | None, chosen: list[Tensor] | None) -> None:
+        """Charge unit `i` to the images that are here; to a single one on a CPU in plain numbers."""
+        if self.images() != 1 or self.x.device.type != "cpu":
+            for account in self.accounts:
+                account.charge(account.table.units[i].price(keep, chosen))
+            return
+        runs = keep is None or bool(keep)
+        groups = None if chosen is None else [k[0].tolist() for k in chosen]
+        for account in self.accounts:
+            account.charge(account.table.units[i].price_one(runs, groups))
 
     def _widened(self, g: int, keeps: list[Tensor]) -> list[Tensor]:
         assert self.channel_gates is not None
