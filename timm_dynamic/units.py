@@ -7,7 +7,7 @@ unit's hidden channels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,7 @@ def run_skipping(
     choose: Callable[[Tensor, Tensor | None], Keeps | None],
     reuse: bool = False,
     slices: Slices | None = None,
+    sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> Tensor:
     """Only what is kept, for the images that keep it.
 
@@ -136,18 +137,19 @@ def run_skipping(
         x: [B, C, H, W].
         keep: bool [B]; None where the unit is not gated.
         choose: given the inputs of the images that run and their places in `x` (None for all), says which channels
-            they keep: bool [B', channels] for each hidden width, or None for all. Not called if no image runs.
+            they keep: bool [B', groups] for each hidden width, or None for all. Not called if no image runs.
         reuse: results may be put into `x` itself, because nobody else reads it.
         slices: remembers sliced weights, where these never change.
+        sizes: for each hidden width, how many channels each group holds; None for one.
     """
     places = None if keep is None else _places(keep)
     if places is None:
-        y = _sliced_branch(unit, x, choose(x, None), slices)
+        y = _sliced_branch(unit, x, choose(x, None), sizes, slices)
         return close(unit, y, shortcut(unit, x))
     if len(places) == 0:
         return rest(unit, shortcut(unit, x))
     picked = gathered(x, places)
-    y = _sliced_branch(unit, picked, choose(picked, places), slices)
+    y = _sliced_branch(unit, picked, choose(picked, places), sizes, slices)
     short = shortcut(unit, x)
     del picked
     if short is x and not unit.kind.grows and _by_image(y, x) and rests_unchanged(unit.kind.act(unit.module)):
@@ -200,18 +202,22 @@ def _places(keep: Tensor) -> Tensor | None:
     return None if len(places) == len(keep) else places
 
 
-def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None, slices: Slices | None) -> Tensor:
+def _sliced_branch(
+    unit: Unit, x: Tensor, keeps: Keeps | None, sizes: Sequence[tuple[int, ...]] | None, slices: Slices | None
+) -> Tensor:
     """The branch of each image with its own channels only: one run for each distinct pattern."""
-    if keeps is None or all(bool(k.all()) for k in keeps):
+    if keeps is None:
         return branch(unit, x)
     if len(x) == 1:
-        return _branch_slice(unit, x, [k[0].nonzero().flatten() for k in keeps], slices)
+        return _branch_slice(unit, x, [tuple(k[0].tolist()) for k in keeps], sizes, slices)
+    if all(bool(k.all()) for k in keeps):
+        return branch(unit, x)
     patterns, which = torch.cat(list(keeps), 1).unique(dim=0, return_inverse=True)
     out: Tensor | None = None
     for i, pattern in enumerate(patterns):
         places = (which == i).nonzero().flatten()
-        kept = [part.nonzero().flatten() for part in pattern.split([k.shape[1] for k in keeps])]
-        y = _branch_slice(unit, gathered(x, places), kept, slices)
+        kept = [tuple(part.tolist()) for part in pattern.split([k.shape[1] for k in keeps])]
+        y = _branch_slice(unit, gathered(x, places), kept, sizes, slices)
         if out is None:
             out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=layout_of(y))
         out = _put(out, places, y)
@@ -230,38 +236,68 @@ def _zeros(like: Tensor, channels: int, shape: Sequence[int], layout: torch.memo
     return out.zero_()
 
 
-def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor], slices: Slices | None) -> Tensor:
-    """The branch with the hidden channels in `kept` only (one index tensor for each hidden width)."""
+class _Kept(NamedTuple):
+    """What is kept of a hidden width: group by group, and the channels' places."""
+
+    groups: tuple[bool, ...]
+    channels: Tensor
+
+
+def _branch_slice(
+    unit: Unit,
+    x: Tensor,
+    patterns: Sequence[tuple[bool, ...]],
+    sizes: Sequence[tuple[int, ...]] | None,
+    slices: Slices | None,
+) -> Tensor:
+    """The branch with some of the hidden channels only (a pattern of groups for each hidden width)."""
+    if all(map(all, patterns)):
+        return branch(unit, x)
     for module in unit.kind.before(unit.module):
         if module is not None:
             x = module(x)
-    source: Tensor | None = None
-    steps = unit.kind.steps(unit.module)
-    for i, (conv, after) in enumerate(steps):
-        target = kept[i] if i < len(kept) else None
+    source: _Kept | None = None
+    for i, (conv, after) in enumerate(unit.kind.steps(unit.module)):
+        target = None
+        if i < len(patterns):
+            target = _kept(patterns[i], None if sizes is None else sizes[i], x.device, slices)
         x = _conv_slice(conv, x, source, target, f"{unit.name}.{i}", slices)
         for module in after:
             if module is not None:
-                x = module(x) if target is None else run_slice(module, x, target)
+                x = module(x) if target is None else run_slice(module, x, target.channels)
         source = target
     return x
 
 
+def _kept(groups: tuple[bool, ...], sizes: tuple[int, ...] | None, device: Any, slices: Slices | None) -> _Kept:
+    """The channels of the groups that are kept."""
+    key = ("index", groups, sizes, device)
+    if slices is not None and key in slices:
+        return _Kept(groups, slices[key][0])
+    wide = torch.tensor(groups).repeat_interleave(torch.tensor(sizes or (1,) * len(groups)))
+    index = wide.nonzero().flatten().to(device)
+    if slices is not None:
+        slices[key] = index, None
+    return _Kept(groups, index)
+
+
 def _conv_slice(
-    conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None, name: str, slices: Slices | None
+    conv: nn.Conv2d, x: Tensor, source: _Kept | None, target: _Kept | None, name: str, slices: Slices | None
 ) -> Tensor:
     """A convolution from input channels `source` to output channels `target` (None: all). x: [B, source, H, W]."""
+    into, out_of = (None if kept is None else kept.channels for kept in (source, target))
     if conv.groups > 1 and (source is not None or target is not None):
-        return _grouped_slice(conv, x, source, target)
+        return _grouped_slice(conv, x, into, out_of)
     if slices is None:
-        weight, bias = _weight_slice(conv, source, target)
+        weight, bias = _weight_slice(conv, into, out_of)
     else:
         state = (name, conv.weight._version, conv.weight.dtype, conv.weight.device)
-        key = (*state, *(None if index is None else tuple(index.tolist()) for index in (source, target)))
+        key = (*state, *(None if kept is None else kept.groups for kept in (source, target)))
         if key not in slices:
             if len(slices) >= MOST_SLICES:
                 slices.clear()
-            slices[key] = _weight_slice(conv, source, target)
+            weight, bias = _weight_slice(conv, into, out_of)
+            slices[key] = weight.contiguous(memory_format=layout_of(conv.weight)), bias
         weight, bias = slices[key]
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         return _constant(conv, x, weight.shape[0], bias)

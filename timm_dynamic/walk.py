@@ -1,5 +1,6 @@
 """The walk through a dynamic network, unit by unit: what the gates say, what is run, what it costs."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -260,7 +261,7 @@ class Walk:
         sampled = self.model.training and self.model.dynamic.gating == "sample"  # sampling is for layer gates
         keeps = [straight_through(p) if sampled else self._choose(p, self.channel_levels, g) for p in probs]
         if self.forced is not None and self.forced.channel_keep is not None:
-            first = sum(len(sizes) for sizes in self.channel_gates.sizes[:g])
+            first = self.forced.starts[g]
             for k, prob in enumerate(probs):
                 wanted = self.mine(self.forced.channel_keep[first + k])
                 wanted = wanted if places is None else wanted[places]
@@ -304,12 +305,12 @@ class Walk:
             chosen = keeps
             if places is not None and self.accounts:
                 chosen = [spread(k, places, self.images()) for k in keeps]
-            return self._widened(g, keeps)
+            return keeps
 
+        sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
         reuse = not (self.shared or self.x.requires_grad)
-        y = units.run_skipping(unit, self.x, keep, choose, reuse=reuse, slices=self.model.dynamic.slices)
-        if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
-            sizes = self.channel_gates.sizes[g]
+        y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)
+        if sizes is not None and chosen is None:  # no image ran
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
         if self.accounts:
             self._charge(i, keep, chosen)
@@ -341,6 +342,7 @@ class _Resolved:
     layer_keep: Tensor | None  # bool [B, units]
     channel_keep: list[Tensor] | None  # bool [B, groups] for each gated hidden width
     exit: Tensor | None  # [B]
+    starts: list[int]  # for each unit, how many gated hidden widths come before it
 
 
 def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
@@ -363,7 +365,8 @@ def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
         if leave.dim() and len(leave) != batch:
             raise ValueError(f"force(exit=) needs one value or one for each of {batch} images; found {len(leave)}")
         leave = leave.expand(batch)
-    return _Resolved(layer, channel, leave)
+    sizes = walk.channel_gates.sizes if walk.channel_gates is not None else ()
+    return _Resolved(layer, channel, leave, [0, *itertools.accumulate(map(len, sizes))])
 
 
 def _keeps(what: str, given: float | Tensor, batch: int, columns: int, device: torch.device) -> Tensor:
