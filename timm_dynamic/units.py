@@ -82,12 +82,13 @@ def run_masked(unit: Unit, x: Tensor, keep: Tensor | None, keeps: Keeps | None) 
     gate = keep.to(y.dtype)[:, None, None, None]
     if unit.kind.grows:  # rests at zeros
         return gate * y
-    return mix(rest(unit, short), y, gate)
+    return _mix(rest(unit, short), y, gate, unit.module.training)
 
 
-def mix(rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def _mix(rested: Tensor, y: Tensor, gate: Tensor, training: bool) -> Tensor:
     """`gate * y + (1 - gate) * rested`, exact for gates of 0 and 1. [B, C, H, W] twice, gate: [B, 1, 1, 1]."""
-    if torch.is_grad_enabled() and type(y) is Tensor and not torch.compiler.is_compiling():
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(y) is not Tensor
+    if training and torch.is_grad_enabled() and not followed:
         return _Mix.apply(rested, y, gate)
     return torch.lerp(rested, y, gate)
 
@@ -97,7 +98,7 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        """See `mix`."""
+        """See `_mix`."""
         ctx.all_run = y.device.type == "cpu" and bool((gate == 1).all())  # on a GPU one would have to wait for this
         ctx.save_for_backward(*((rested, y, gate) if gate.requires_grad else (None, None, gate)))
         return y.view_as(y) if ctx.all_run else torch.lerp(rested, y, gate)
