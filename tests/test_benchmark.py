@@ -172,6 +172,7 @@ def test_training_rows() -> None:
         (stock("basic"), {}, "a dynamic network is needed"),
         (dynamic("basic", ("channel",)), {"keeps": (0.5,)}, "keep ratio of 0.5 needs layer gates"),
         (dynamic("basic", ("layer",)), {"channel_keep": 0.5}, "needs channel gates"),
+        (dynamic("basic", ("layer",)), {"engines": ("onnx",), "batch_sizes": (2,)}, "batch size 1 is needed"),
         (dynamic("basic", ("layer",)), {"exit": 1}, r"exit must be in 0\.\.0; found 1"),
     ],
 )

@@ -183,6 +183,8 @@ def _check(model: Any, config: Benchmark) -> None:
         raise ValueError(f"a keep ratio of {min(config.keeps)} needs layer gates; the network has none")
     if not hasattr(model, "channel_gates") and config.channel_keep != 1:
         raise ValueError(f"a channel keep of {config.channel_keep} needs channel gates; the network has none")
+    if set(config.engines) == {"onnx"} and 1 not in config.batch_sizes:
+        raise ValueError(f"onnx runs one image at a time: batch size 1 is needed; found {config.batch_sizes}")
     last = len(model.exits) if hasattr(model, "exits") else 0
     if config.exit is not None and not 0 <= config.exit <= last:
         raise ValueError(f"exit must be in 0..{last}; found {config.exit}")
@@ -244,6 +246,8 @@ class _Bench:
     def race(self, batch: int, watch: Watch) -> list[Row]:
         """The rows of one batch size."""
         contenders = self._contenders(batch)
+        if not contenders:
+            return []
         for one in contenders:
             with one.within():
                 one.run()
@@ -287,22 +291,17 @@ class _Bench:
         """The stock network in an engine's best form, and a call of it."""
         if name == "dense onnx":
             return None, self._onnx(self.stock, x)
-        model = self.stock
-        if name != "dense":
-            model = self._once("dense optimised", lambda: optimize_for_inference(self.stock))
-        if name == "dense compile":
-            model = self._once(name, lambda: torch.compile(model))
-        return model, lambda: model(x)
+        model = self.stock if name == "dense" else self._once("folded", lambda: optimize_for_inference(self.stock))
+        call = self._once(name, lambda: torch.compile(model)) if name == "dense compile" else model
+        return model, lambda: call(x)
 
     def _dynamic(self, engine: str, x: Tensor, forced: dict[str, Any]) -> tuple[Any, Callable[[], Tensor]]:
         """The dynamic network of an engine, and a call of it; to be used within `force`."""
         if engine == "onnx":
             return None, self._onnx(settled(self.model, forced), x)
         model = self._once(engine, lambda: made_for(engine, self.model))
-        if engine == "compile":
-            fast = self._once("compiled", lambda: torch.compile(model))
-            return model, lambda: fast(x)
-        return model, lambda: model(x)
+        call = self._once("compiled", lambda: torch.compile(model)) if engine == "compile" else model
+        return model, lambda: call(x)
 
     def _onnx(self, model: Any, x: Tensor) -> Callable[[], Tensor]:
         """A call of ONNX Runtime. x: [1, C, H, W]."""

@@ -90,11 +90,11 @@ def _mix(rested: Tensor, y: Tensor, gate: Tensor, training: bool) -> Tensor:
     followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(y) is not Tensor
     if training and torch.is_grad_enabled() and not followed:
         return _Mix.apply(rested, y, gate)
-    return torch.lerp(rested, y, gate)
+    return gate * y + (1 - gate) * rested
 
 
 class _Mix(torch.autograd.Function):
-    """`torch.lerp` with a gradient in fewer passes over memory."""
+    """The same in fewer passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:
