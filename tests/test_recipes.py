@@ -70,10 +70,9 @@ def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch)
 
 
-def settings(output: Path, **changes: Any) -> options.Settings:
-    values = {"model": "ddi_resnet20_cifar", **TINY, "output": output, **changes}
-    prefix = values["model"].partition("_")[0] + "_"
-    return options.settings(prefix[:-1], values, prefix=prefix, target=0.5)
+def settings(output: Path, recipe: str = "ddi", **changes: Any) -> options.Settings:
+    values = {"model": f"{recipe}_resnet20_cifar", **TINY, "output": output, **changes}
+    return options.settings(recipe, values, prefix=f"{recipe}_", target=0.5)
 
 
 class Killed(BaseException):
@@ -136,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path, s
     same_run(whole, output)
 
 
-REINFORCED: dict[str, Any] = {"model": "skipnet_resnet20_cifar", "method": "sp+hrl", "distill": 1.0, "ema": 0.9}
+REINFORCED: dict[str, Any] = {"recipe": "skipnet", "method": "sp+hrl", "distill": 1.0, "ema": 0.9}
 
 
 @pytest.fixture(scope="module")

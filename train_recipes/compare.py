@@ -46,7 +46,8 @@ class Bench:
     ) -> dict[str, Any]:
         """Run a recipe; its summary."""
         folder = self.root / f"seed{self.seed}" / name.replace(" ", "_")
-        if not (folder / SUMMARY).exists() or values.get("gain"):
+        wanted = "adaptive_gain" if values.get("gain") else "dynamic"
+        if not (folder / SUMMARY).exists() or wanted not in json.loads((folder / SUMMARY).read_text()):
             given = {**self.common, "model": PREFIX[recipe] + model, "seed": self.seed, **values}
             given |= {"output": folder, "resume": True}
             run(stages, options.settings(recipe, given, PREFIX[recipe]))
@@ -121,7 +122,7 @@ DDI_CLAIMS = (
     ),
 )
 STUDIES: dict[str, tuple[Callable[[Bench, float], None], tuple[Claim, ...], float]] = {
-    "skipnet": (skipnet_study, SKIPNET_CLAIMS, 0.4),
+    "skipnet": (skipnet_study, SKIPNET_CLAIMS, 0.5),
     "ddi": (ddi_study, DDI_CLAIMS, 0.5),
 }
 
@@ -130,9 +131,10 @@ def main(
     study: Annotated[Literal["skipnet", "ddi"], typer.Argument(help="Which paper's variants.")],
     output: Annotated[Path | None, typer.Option(help="Folder; default runs/compare-STUDY-DATASET.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds, one option each; default 0 to 4.")] = None,
-    target: Annotated[float | None, typer.Option(help="Share of the dense MACs; default 0.4 skipnet, 0.5 ddi.")] = None,
+    target: Annotated[float | None, typer.Option(help="Share of the dense MACs; default 0.5.")] = None,
     dataset: Annotated[str, typer.Option(help="As in the recipes.")] = "digits",
     data_dir: Annotated[Path, typer.Option(help="As in the recipes.")] = Path("data"),
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side; default 16 for the digits.")] = None,
     epochs_scale: Annotated[float, typer.Option(help="Factor on the length of every stage.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Most optimiser steps of a stage, for a dry run.")] = None,
     threads: Annotated[int, typer.Option(help="As in the recipes.")] = 0,
@@ -145,7 +147,8 @@ def main(
         raise RunError("compare.py runs in one process: its seeds can be run side by side instead")
     root = output or Path("runs") / f"compare-{study}-{dataset}"
     common = {"dataset": dataset, "data_dir": data_dir, "epochs_scale": epochs_scale, "max_steps": max_steps}
-    common |= {"threads": threads, "evaluations": 2}
+    size = image_size or (16 if dataset == "digits" else None)  # the digits have 8 x 8 pixels
+    common |= {"threads": threads, "evaluations": 2, "image_size": size}
     train, claims, usual = STUDIES[study]
     for one in seed or range(5):
         bench = Bench(root, one, common)

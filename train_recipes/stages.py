@@ -265,6 +265,7 @@ def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Mod
         still=bool(outlook.previous) and not plain,
         normalise=not plain,
         entropy=0.0 if plain else settings.entropy,
+        temperature=1.0 if plain or not outlook.previous else settings.temperature,
         **_steering(outlook),
     )
     return _going_on(task, outlook)
