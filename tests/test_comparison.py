@@ -1,5 +1,7 @@
 """Claims judged over seeds, and the page that shows them."""
 
+import copy
+import dataclasses
 import json
 import math
 import sys
@@ -10,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_recipes"))
 
-from test_recipes import no_report, options, prepare, results
+from test_recipes import ALL_DIGITS, datasets, no_report, options, prepare, results
 
 import compare
 from timm_dynamic.comparison import Claim, judge, write_comparison
@@ -60,10 +62,33 @@ def test_the_page_has_every_variant_and_claim(tmp_path: Path) -> None:
     assert len(kept["rows"]) == 4
 
 
-@pytest.mark.parametrize("study", ["skipnet", "ddi"])
+def test_one_network_at_many_costs_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    found = [
+        {"variant": name, "seed": seed, "accuracy": 0.9 + target / 10, "macs_share": target + 0.011, "target": target}
+        for name in ("calibrated both", "calibrated gates")
+        for seed in range(2)
+        for target in (0.3, 0.5)
+    ]
+    page = write_comparison(tmp_path, "calibrated", [*rows("ddi", [0.9, 0.9]), *found], []).read_text()
+    _, _, curves = page.partition("One network, many costs")
+    assert page.count("<svg") == 2
+    assert "<td>30 %</td><td>31.1 %</td><td>1.1</td><td>93.00 ± 0.00 %</td>" in curves
+
+
+def enough_digits(size: int, seed: int) -> datasets.Data:
+    """Enough for calibration, on every second of them."""
+    found = ALL_DIGITS(size, seed)
+    val: Any = copy.copy(found.val)
+    val.pixels, val.labels = val.pixels[:100], val.labels[:100]
+    return dataclasses.replace(found, val=val)
+
+
+@pytest.mark.parametrize("study", ["skipnet", "ddi", "densenet"])
 def test_a_study_runs_and_does_not_run_twice(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of everything: each claim has its two variants, with the same seed."""
     prepare(monkeypatch)
+    monkeypatch.setattr(datasets, "digits", enough_digits)
+    monkeypatch.setattr(compare, "FRACTIONS", (0.5,))
     monkeypatch.setattr(results, "write_report", no_report)
     arguments = [study, "--output", tmp_path, "--seed", 3, "--max-steps", 2, "--threads", 1, "--image-size", 16]
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments)])
@@ -75,5 +100,6 @@ def test_a_study_runs_and_does_not_run_twice(study: str, tmp_path: Path, monkeyp
     kept = json.loads((tmp_path / "comparison.json").read_text())
     assert {row["seed"] for row in kept["rows"]} == {3}
     _, claims, _ = compare.STUDIES[study]
-    assert [claim["text"] for claim in kept["claims"]] == [claim.text for claim in claims]
+    wanted = [claim.text for claim in claims if "calibrat" not in claim.text]
+    assert [claim["text"] for claim in kept["claims"] if "calibrat" not in claim["text"]] == wanted
     assert all(claim["seeds"] == 1 for claim in kept["claims"])

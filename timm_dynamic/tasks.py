@@ -108,11 +108,12 @@ class WarmupTask(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Mean number of gates that are shut for images ``x`` [B, C, H, W] as the loss."""
         decisions = decide(self.model, x)
-        loss = losses.shut_gates([decisions.layer_keep, *decisions.channel_keep])
+        keeps = [decisions.layer_keep, *decisions.channel_keep]
         return {
-            "loss": loss,
+            "loss": losses.shut_gates(keeps),
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
+            "skip_ratio": 1 - torch.cat([keep.detach().float() for keep in keeps], dim=1).mean(),
         }
 
 
