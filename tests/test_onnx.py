@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from nets import FEW, LAYER_KINDS, MODES, decide, dynamic, images, randomise, stock, undecided
+from nets import ALL, FEW, LAYER_KINDS, MODES, decide, dynamic, images, randomise, stock, undecided
 from torch import nn
 from typer.testing import CliRunner
 
@@ -76,7 +76,13 @@ def nodes_of(graph: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 @pytest.mark.parametrize(
     ("kind", "gate"),
-    [*((kind, gate) for kind in FEW for gate in LAYER_KINDS), ("cifar", "rnn"), ("cifar_dense", "ff2")],
+    [
+        *(("basic", gate) for gate in LAYER_KINDS),
+        *(("bottleneck", gate) for gate in ("rnn", "ff1")),
+        *(("dense", gate) for gate in ("rnn", "linear")),
+        ("cifar", "rnn"),
+        ("cifar_dense", "ff2"),
+    ],
 )
 def test_layer_gates(kind: str, gate: str, file: Path) -> None:
     found = assert_parity(undecided(kind, ("layer",), layer=gate), file)
@@ -106,21 +112,29 @@ def test_channel_gates_alone(file: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_no_channels_and_all_channels(mode: str, file: Path) -> None:
     """The ends of the range: thresholds that nothing and everything reaches."""
-    for kind in ("basic", "bottleneck"):
-        model = undecided(kind, ("layer", "channel"), channel=td.ChannelGateConfig(mode=mode))
-        model.layer_gates.threshold.fill_(0.0)
-        model.channel_gates.threshold[::2], model.channel_gates.threshold[1::2] = 0.0, 2.0
-        found = assert_parity(model, file, count=2)
-        widths = len(found.channel_keep) // len(model.channel_gates)
-        for unit in range(len(model.channel_gates)):
-            keeps = found.channel_keep[widths * unit : widths * (unit + 1)]
-            assert all(keep.all() if unit % 2 == 0 else not keep.any() for keep in keeps)
+    model = undecided("bottleneck", ("layer", "channel"), channel=td.ChannelGateConfig(mode=mode))
+    model.layer_gates.threshold.fill_(0.0)
+    model.channel_gates.threshold[::2], model.channel_gates.threshold[1::2] = 0.0, 2.0
+    found = assert_parity(model, file, count=2)
+    for unit in range(len(model.channel_gates)):
+        keeps = found.channel_keep[2 * unit : 2 * unit + 2]
+        assert all(keep.all() if unit % 2 == 0 else not keep.any() for keep in keeps)
 
 
-@pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("way", ["calibrated", "confidence", "exit", "macs"])
+@pytest.mark.parametrize(
+    ("way", "batch"),
+    [
+        ("calibrated", False),
+        ("calibrated", True),
+        ("confidence", False),
+        ("exit", False),
+        ("exit", True),
+        ("macs", False),
+        ("macs", True),
+    ],
+)
 def test_exits(way: str, batch: bool, file: Path) -> None:
-    model = undecided("basic")
+    model = undecided("basic", ALL if way == "macs" else ("layer", "exits"))
     some = levels(model, 0.5)
     if way == "calibrated":
         model.exits.set_confidence([2.0, *some[1:]])  # nobody leaves at the first exit
@@ -253,10 +267,10 @@ def test_the_runner_uses_the_machine_s_layout(file: Path) -> None:
 
 @pytest.mark.parametrize("trouble", ["none", "wrong"])
 def test_the_runner_falls_back_on_the_file(trouble: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = undecided("cifar")
+    model = undecided("cifar", ("layer",))
     td.export_onnx(model, file, INPUT)
     other = file.with_name("other.onnx")
-    shut = undecided("cifar")
+    shut = undecided("cifar", ("layer",))
     shut.layer_gates.threshold.fill_(2.0)
     td.export_onnx(shut, other, INPUT)
 
@@ -273,7 +287,7 @@ def test_the_runner_falls_back_on_the_file(trouble: str, file: Path, monkeypatch
 
 
 def test_metadata(file: Path) -> None:
-    model = undecided("cifar")
+    model = dynamic("cifar", ("layer", "exits"))
     model.layer_gates.threshold[0] = 0.25
     td.set_budget(model, confidence=0.75)
     td.export_onnx(model, file, INPUT)
