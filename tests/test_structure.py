@@ -14,23 +14,11 @@ PACKAGE = Path(td.__file__).parent
 RECIPES = PACKAGE.parent / "train_recipes"
 # Each module imports from those before it only. "" is the package itself, timm_dynamic/__init__.py.
 ORDER = [
-    *(
-        "version",
-        "configs",
-        "safety",
-        "losses",
-        "gates",
-        "exits",
-        "cifar",
-        "opaque",
-        "families",
-        "units",
-        "costs",
-        "counting",
-    ),
-    *("walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
-    *("inference", "onnx", "evaluation", "card", "hub", "report", "comparison", "registry", ""),
-    *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.app", "cli"),
+    *("version", "configs", "safety", "losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
+    *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
+    *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
+    *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "registry", ""),
+    *("cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables", "cli.export", "cli.app", "cli"),
 ]
 HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")
 

@@ -12,6 +12,8 @@ from .forward import Decisions, anytime, decide
 from .hub import push_to_hub, save_pretrained
 from .inference import optimize_for_inference
 from .measure import cost_table
+from .onnx import export_onnx
+from .onnx_session import onnx_runner
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
 from .version import __version__
 
@@ -32,7 +34,9 @@ __all__ = [
     "calibrate",
     "cost_table",
     "decide",
+    "export_onnx",
     "force",
+    "onnx_runner",
     "optimize_for_inference",
     "push_to_hub",
     "save_pretrained",

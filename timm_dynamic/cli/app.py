@@ -213,6 +213,43 @@ def evaluate(
 
 
 @app.command(epilog=EXIT_CODES)
+def export(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A registered name, a folder of a run, or hf-hub:ORG/NAME.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write: ends in .onnx.")],
+    input_size: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
+    ] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Any number of images at once: all is computed, nothing skipped.")
+    ] = False,
+    images: Annotated[int, typer.Option(min=1, help="Random images to compare the file with PyTorch on.")] = 8,
+    budget_fraction: Fraction = None,
+    exit: Exit = None,
+    confidence: Confidence = None,
+    pretrained: Weights = True,
+    as_json: Json = False,
+) -> None:
+    """Write a network as an ONNX file in which skipped work is not done, and compare it with PyTorch.
+
+    For one image at a time; gates and exits are If nodes. Exit code 1 if the file does not agree with PyTorch.
+    """
+    with one_line_errors():
+        from ..budgets import default_input_size
+        from . import export as onnx
+        from .models import load, restrict
+
+        model = load(onnx.source_of(name), pretrained=pretrained)
+        size = input_size or default_input_size(model)
+        restrict(model, size, budget_fraction, exit, confidence)
+        row = onnx.export(model, name, output, size, dynamic_batch, images)
+        _print_json(row) if as_json else onnx.show(row)
+        onnx.check(row)
+
+
+@app.command(epilog=EXIT_CODES)
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")]) -> None:
     """Make a run's report.html again from its summary.json and metrics.jsonl."""
     with one_line_errors():
