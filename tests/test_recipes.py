@@ -584,13 +584,13 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         "    made.train = still\n"
         "    return made\n"
         "plan = (stages.Stage('sp', task, surgery=gates, epochs=1, lr=0.01),)\n"
-        "values = dict(model='resnet20_cifar', output=sys.argv[1], image_size=16, batch_size=16, max_steps=3,\n"
+        "values = dict(model='resnet20_cifar', image_size=16, batch_size=16, max_steps=3,\n"
         "              precision='fp32', evaluations=1, threads=1, target=0.5)\n"
         "values['output'] = __import__('pathlib').Path(sys.argv[1])\n"
         "loop.run(plan, options.settings('skipnet', values, 'skipnet_'))\n"
     )
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, command in (("one", [sys.executable]), ("two", launch)):
         line = [*command, str(script), str(tmp_path / name)]
         found = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import families, units
-from .costs import CostTable, count_macs
+from .costs import CostTable
+from .counting import count_macs
 from .exits import confident
 from .inference import FoldedRecurrentGates, optimize_for_inference
 from .onnx_graph import Graph

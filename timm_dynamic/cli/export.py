@@ -10,7 +10,7 @@ import typer
 from torch import nn
 
 from .. import Decisions, decide, export_onnx, onnx_runner
-from ..costs import count_macs
+from ..counting import count_macs
 from ..onnx import INPUT, OUTPUTS
 from ..onnx_graph import OPSET, need
 from ..walk import Dynamic
