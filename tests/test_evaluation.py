@@ -167,7 +167,7 @@ def test_the_static_policy_is_the_most_common_one_at_the_same_cost() -> None:
     with td.force(model, layer_keep=keeps):
         found = static_policy(model, [(torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long))])
         mean = td.decide(model, torch.randn(5, 3, 32, 32)).macs.double().mean().item()
-    assert found.share == pytest.approx(0.6)
+    assert found.share == 0.0, "no image was given just the pattern that was filled up"
     assert found.layers.startswith("111"), "what was kept most often is added: units 1 and 2, then unit 3"
     assert found.channels == ""
     gated = [unit for unit in table.units if unit.skippable]
