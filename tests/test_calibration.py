@@ -9,6 +9,7 @@ from nets import randomise
 from torch import Tensor, nn
 
 import timm_dynamic as td
+from timm_dynamic.calibration import meet_cost
 from timm_dynamic.exits import NEVER
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -107,3 +108,23 @@ def test_needs_the_parts_that_it_moves() -> None:
         td.calibrate(timm.create_model("resnet20_cifar"), _images(64, 0))
     with pytest.raises(ValueError, match="such parts; found none"):
         td.calibrate(timm.create_model("skipnet_resnet20_cifar"), _images(64, 0), use="exits")
+
+
+def test_a_cost_is_met_without_labels() -> None:
+    """On other images of the same kind within 2 points; what cannot be met is come as near to as can be."""
+    model = _model()
+    del model.exits
+    known, other = [x for x, _ in _images(256, 1)], _images(256, 2)
+    for wanted in (0.4, 0.6, 0.8):
+        met = meet_cost(model, known, wanted)
+        assert abs(met - wanted) < 0.01
+        with torch.no_grad():
+            assert abs(_share(model, other) - wanted) < 0.02
+    before = model.layer_gates.threshold.clone()
+    assert meet_cost(model, known, met) == met
+    assert torch.equal(model.layer_gates.threshold, before), "no other threshold was nearer"
+    assert 0.98 < meet_cost(model, known, 5.0) < 1.02
+    with pytest.raises(ValueError, match="0 kinds of gates"):
+        meet_cost(timm.create_model("ddi_resnet20_cifar", layer_gates=False, channel_gates=False), known, 0.5)
+    with pytest.raises(ValueError, match="0 batches"):
+        meet_cost(model, [], 0.5)

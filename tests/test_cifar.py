@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_dynamic.cifar  # noqa: F401  (registers the names)
 
 RESNETS = {20: 3, 32: 5, 38: 6, 74: 12, 110: 18, 152: 25}
-NAMES = [f"resnet{depth}_cifar" for depth in RESNETS] + ["densenet100_cifar"]
+NAMES = [f"resnet{depth}_cifar" for depth in RESNETS] + ["densenet40_cifar", "densenet100_cifar"]
 SMALL = ["resnet20_cifar", "densenet100_cifar"]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import timm_dynamic as td
-from timm_dynamic.evaluation import Evaluation, evaluate, latency
+from timm_dynamic import surgery
+from timm_dynamic.evaluation import Evaluation, evaluate, latency, static_policy
 
 SIZE = (3, 32, 32)
 IMAGES = 40
@@ -153,3 +154,39 @@ def test_latency_interleaves_and_takes_medians() -> None:
         assert first[1] == second[1], "on the same image"
     assert len({image for _, image in calls}) == 3
     assert len({first[0] for first, _ in rounds}) == 2, "neither is always first"
+
+
+def test_the_static_policy_is_the_most_common_one_at_the_same_cost() -> None:
+    """Three of five images run units 1 and 2 of four; the fill goes by what is kept most often."""
+    model = timm.create_model("skipnet_resnet20_cifar", layer_gates="linear").eval()
+    units = 8
+    keeps = torch.zeros(5, units, dtype=torch.bool)
+    keeps[:3, :2] = True
+    keeps[3:, 2:] = True
+    table = td.cost_table(model, (3, 32, 32))
+    with td.force(model, layer_keep=keeps):
+        found = static_policy(model, [(torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long))])
+        mean = td.decide(model, torch.randn(5, 3, 32, 32)).macs.double().mean().item()
+    assert found.share == 0.0, "no image was given just the pattern that was filled up"
+    assert found.layers.startswith("111"), "what was kept most often is added: units 1 and 2, then unit 3"
+    assert found.channels == ""
+    gated = [unit for unit in table.units if unit.skippable]
+    own = sum(unit.branch for unit, digit in zip(gated, found.layers, strict=True) if digit == "1")
+    always = table.stem + table.units[0].full + sum(unit.shortcut for unit in gated) + table.exits[-1].head
+    assert found.macs == own + always
+    assert abs(found.macs - mean) <= max(unit.branch for unit in gated) / 2 + 1
+
+
+def test_a_static_policy_with_channels() -> None:
+    model = timm.create_model("iadi_resnet20_cifar", layer_gates="linear").eval()
+    loader = [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))]
+    found = static_policy(model, loader)
+    assert set(found.layers + found.channels) == {"1"}
+    assert found.macs == td.cost_table(model, (3, 32, 32)).dense, "gates are not counted"
+    surgery.set_policy(model, *str(found).split(":"))
+    model.dynamic.forced = None
+    assert bool(td.decide(model, loader[0][0]).layer_keep.all())
+    with pytest.raises(ValueError, match="no images"):
+        static_policy(model, [])
+    with pytest.raises(ValueError, match="with gates; found none"):
+        static_policy(timm.create_model("resnet20_cifar"), loader)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
 from nets import (
     FEW,
@@ -21,6 +22,7 @@ from nets import (
 from torch import Tensor
 
 import timm_dynamic as td
+from timm_dynamic import surgery
 
 
 def test_force_gives_what_was_asked() -> None:
@@ -192,3 +194,44 @@ def test_helpers_see_all_parts() -> None:
         assert len(groups_of(model)) >= 5
         with masked(model), td.force(model, **mixed(model, 2)):
             assert not decide(model, images(2)).layer_keep.all()
+
+
+# For good ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_row_is_for_all_images() -> None:
+    model = undecided("basic", ("layer",))
+    row = torch.tensor([[1, 0, 1, 1, 0, 1, 0]])
+    with td.force(model, layer_keep=row):
+        assert torch.equal(decide(model, images(4)).layer_keep, row.bool().expand(4, -1))
+
+
+def test_a_policy_is_held_in_training_and_saved_for_eval(tmp_path: Any) -> None:
+    model = timm.create_model("iadi_resnet20_cifar", layer_gates="rnn")
+    groups = sum(groups_of(model))
+    layers, channels = "01101101", "".join("01"[i % 3 > 0] for i in range(groups))
+    surgery.set_policy(model, layers, channels)
+    x = torch.randn(3, 3, 32, 32)
+    td.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for found in (td.decide(model.train(), x), td.decide(again, x)):
+        assert "".join(str(int(keep)) for keep in found.layer_keep[0].tolist()) == layers
+        ran = [keep[0] for keep in found.channel_keep]
+        wanted = torch.tensor([digit == "1" for digit in channels]).split(groups_of(model))
+        for unit, (keep, own) in enumerate(zip(ran, wanted, strict=True)):
+            assert torch.equal(keep.bool(), own & (layers[unit] == "1"))
+    for odd in (("0110", channels), (layers, channels[:-1]), (layers, ""), ("0110110x", channels)):
+        with pytest.raises(ValueError, match="zeros and ones; found"):
+            surgery.set_policy(model, *odd)
+
+
+def test_units_dropped_at_random_for_good() -> None:
+    model = undecided("cifar", ("layer",))
+    surgery.force_always(model, 0.5)
+    first, second = decide(model, images(16)).layer_keep, decide(model, images(16)).layer_keep
+    assert 0.3 < first.float().mean() < 0.7
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        surgery.force_always(model, 1.5)
+    with pytest.raises(ValueError, match="needs a model with layer_gates"):
+        surgery.force_always(dynamic("cifar", ("exits",)), 0.5)

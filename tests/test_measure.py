@@ -1,6 +1,9 @@
 """Costs in milliseconds and millijoules, and budgets in them."""
 
 import dataclasses
+import json
+import re
+from typing import Any
 
 import pytest
 import timm
@@ -14,8 +17,8 @@ from timm_dynamic.measure import machine_name
 SIZE = (3, 32, 32)
 
 
-def _model(name: str = "ddi_resnet20_cifar") -> nn.Module:
-    return timm.create_model(name).eval()
+def _model(name: str = "ddi_resnet20_cifar", **kwargs: Any) -> nn.Module:
+    return timm.create_model(name, **kwargs).eval()
 
 
 def test_energy_of_a_stock_network_by_hand() -> None:
@@ -109,3 +112,33 @@ def test_training_can_be_priced_in_any_unit(unit: str) -> None:
     assert all(gate.fc.bias.grad.abs().sum() > 0 for gate in model.channel_gates.gates)
     set_price(model, None)
     assert torch.equal(td.decide(model, x).cost, td.decide(model, x).macs.float())
+
+
+def test_energy_of_every_part_from_a_table_of_the_users() -> None:
+    model = _model("ddi_densenet100_cifar", block_config=(3, 2, 2))
+    names = [unit.name for unit in td.cost_table(model, SIZE).units]
+    parts = {"stem": 1.0, "leave 0": 0.5, "leave 1": 0.25, "exit 0": 0.1, "exit 1": 0.2, "head": 0.3}
+    parts |= {name: 2.0 + i for i, name in enumerate(names)}
+    table = td.cost_table(model, SIZE, "energy_mj", energy={"parts": parts})
+    plain = td.cost_table(model, SIZE, "energy_mj")
+    assert [unit.full for unit in table.units] == pytest.approx([2.0 + i for i in range(len(names))])
+    assert table.dense == pytest.approx(sum(parts.values()) - 0.3)
+    assert [stop.head for stop in table.exits] == pytest.approx([0.1, 0.2, 0.3])
+    gates = sum(unit.layer_gate + unit.channel_gate for unit in plain.units)
+    assert table.dearest == pytest.approx(table.dense + gates)
+    first = sum(unit.dearest for unit in table.units[:3])
+    assert table.exits[0].dearest == pytest.approx(1.0 + first + 0.1)
+    td.set_budget(model, energy_mj=table.dense * 0.9, input_size=SIZE, table=table)
+    for name in ("stem", names[2], "exit 1"):
+        with pytest.raises(ValueError, match=f"missing: {re.escape(name)}; unknown: none"):
+            td.cost_table(model, SIZE, "energy_mj", energy={"parts": {k: v for k, v in parts.items() if k != name}})
+    with pytest.raises(ValueError, match="missing: none; unknown: heads"):
+        td.cost_table(model, SIZE, "energy_mj", energy={"parts": {**parts, "heads": 1.0}})
+    with pytest.raises(ValueError, match=r"parts\['stem'\] must be a finite number above 0"):
+        td.cost_table(model, SIZE, "energy_mj", energy={"parts": {**parts, "stem": 0}})
+
+
+@pytest.mark.parametrize("unit", ["macs", "energy_mj"])
+def test_a_table_goes_through_json(unit: str) -> None:
+    table = td.cost_table(_model(), SIZE, unit)
+    assert td.CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table

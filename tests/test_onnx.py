@@ -11,14 +11,11 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from nets import FEW, LAYER_KINDS, MODES, decide, dynamic, images, randomise, stock, undecided
+from nets import ALL, FEW, LAYER_KINDS, MODES, decide, dynamic, images, randomise, stock, undecided
 from torch import nn
-from typer.testing import CliRunner
 
 import timm_dynamic as td
 import timm_dynamic.onnx_session as onnx_session
-from timm_dynamic.cli import app
-from timm_dynamic.hub import save_pretrained
 from timm_dynamic.onnx_blocked import NotBlocked
 from timm_dynamic.onnx_graph import OPSET
 
@@ -76,7 +73,13 @@ def nodes_of(graph: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 @pytest.mark.parametrize(
     ("kind", "gate"),
-    [*((kind, gate) for kind in FEW for gate in LAYER_KINDS), ("cifar", "rnn"), ("cifar_dense", "ff2")],
+    [
+        *(("basic", gate) for gate in LAYER_KINDS),
+        *(("bottleneck", gate) for gate in ("rnn", "ff1")),
+        *(("dense", gate) for gate in ("rnn", "linear")),
+        ("cifar", "rnn"),
+        ("cifar_dense", "ff2"),
+    ],
 )
 def test_layer_gates(kind: str, gate: str, file: Path) -> None:
     found = assert_parity(undecided(kind, ("layer",), layer=gate), file)
@@ -106,21 +109,29 @@ def test_channel_gates_alone(file: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_no_channels_and_all_channels(mode: str, file: Path) -> None:
     """The ends of the range: thresholds that nothing and everything reaches."""
-    for kind in ("basic", "bottleneck"):
-        model = undecided(kind, ("layer", "channel"), channel=td.ChannelGateConfig(mode=mode))
-        model.layer_gates.threshold.fill_(0.0)
-        model.channel_gates.threshold[::2], model.channel_gates.threshold[1::2] = 0.0, 2.0
-        found = assert_parity(model, file, count=2)
-        widths = len(found.channel_keep) // len(model.channel_gates)
-        for unit in range(len(model.channel_gates)):
-            keeps = found.channel_keep[widths * unit : widths * (unit + 1)]
-            assert all(keep.all() if unit % 2 == 0 else not keep.any() for keep in keeps)
+    model = undecided("bottleneck", ("layer", "channel"), channel=td.ChannelGateConfig(mode=mode))
+    model.layer_gates.threshold.fill_(0.0)
+    model.channel_gates.threshold[::2], model.channel_gates.threshold[1::2] = 0.0, 2.0
+    found = assert_parity(model, file, count=2)
+    for unit in range(len(model.channel_gates)):
+        keeps = found.channel_keep[2 * unit : 2 * unit + 2]
+        assert all(keep.all() if unit % 2 == 0 else not keep.any() for keep in keeps)
 
 
-@pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("way", ["calibrated", "confidence", "exit", "macs"])
+@pytest.mark.parametrize(
+    ("way", "batch"),
+    [
+        ("calibrated", False),
+        ("calibrated", True),
+        ("confidence", False),
+        ("exit", False),
+        ("exit", True),
+        ("macs", False),
+        ("macs", True),
+    ],
+)
 def test_exits(way: str, batch: bool, file: Path) -> None:
-    model = undecided("basic")
+    model = undecided("basic", ALL if way == "macs" else ("layer", "exits"))
     some = levels(model, 0.5)
     if way == "calibrated":
         model.exits.set_confidence([2.0, *some[1:]])  # nobody leaves at the first exit
@@ -240,23 +251,26 @@ def test_the_checker_finds_nothing(file: Path) -> None:
 # The runner ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_runner_uses_the_machine_s_layout(file: Path) -> None:
-    """On machines whose ONNX Runtime has one (x86 and ARM builds do)."""
-    model = randomise(timm.create_model("skipnet_resnet20_cifar", layer_gates={"init": "random"})).eval()
+@pytest.mark.parametrize("name", ["skipnet_resnet20_cifar", "iadi_resnetrs50"])
+def test_the_runner_uses_the_machine_s_layout(name: str, file: Path) -> None:
+    """On machines whose ONNX Runtime has one: there it fits these networks."""
+    small = {"layers": (1, 1, 1, 1)} if "rs50" in name else {}
+    model = randomise(timm.create_model(name, num_classes=10, layer_gates={"init": "random"}, **small)).eval()
     td.export_onnx(model, file, INPUT)
     run = td.onnx_runner(file)
-    x = images(4, SIZE).numpy()
-    np.testing.assert_allclose(run(x)[0], run_file(file, x)[0], rtol=1e-4, atol=1e-4)
+    x = images(2, SIZE).numpy()
+    wanted = run_file(file, x)
+    np.testing.assert_allclose(run(x)[0], wanted[0], rtol=0, atol=1e-4 * np.abs(wanted[0]).max())
     if not run.blocked:
         pytest.skip("no blocked layout here")
 
 
 @pytest.mark.parametrize("trouble", ["none", "wrong"])
 def test_the_runner_falls_back_on_the_file(trouble: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = undecided("cifar")
+    model = undecided("cifar", ("layer",))
     td.export_onnx(model, file, INPUT)
     other = file.with_name("other.onnx")
-    shut = undecided("cifar")
+    shut = undecided("cifar", ("layer",))
     shut.layer_gates.threshold.fill_(2.0)
     td.export_onnx(shut, other, INPUT)
 
@@ -273,7 +287,7 @@ def test_the_runner_falls_back_on_the_file(trouble: str, file: Path, monkeypatch
 
 
 def test_metadata(file: Path) -> None:
-    model = undecided("cifar")
+    model = dynamic("cifar", ("layer", "exits"))
     model.layer_gates.threshold[0] = 0.25
     td.set_budget(model, confidence=0.75)
     td.export_onnx(model, file, INPUT)
@@ -369,45 +383,3 @@ def test_wrong_use_of_the_runner(file: Path) -> None:
         run(np.zeros((1, 3, 32, 31), np.float32))
     with pytest.raises(ValueError, match="shape"):
         run(np.zeros((0, *INPUT), np.float32))
-
-
-# The command ---------------------------------------------------------------------------------------------------------
-
-
-def command(*args: str) -> Any:
-    return CliRunner().invoke(app, ["export", *args])
-
-
-def test_command(file: Path) -> None:
-    done = command("ddi_resnet20_cifar", "--no-pretrained", "-o", str(file), "--exit", "1", "--json")
-    assert done.exit_code == 0, done.output
-    row = json.loads(done.stdout)
-    assert row["agrees"]
-    assert row["bytes"] == file.stat().st_size
-    assert row["opset"] == OPSET
-    assert max(row[key]["max_difference"] for key in ("runtime", "runner")) <= 1e-4
-    assert row["runtime"]["same_exits"] == row["runner"]["same_macs"] == row["images"]
-    done = command("resnet20_cifar", "--no-pretrained", "-o", str(file), "--dynamic-batch", "--images", "3")
-    assert done.exit_code == 0, done.output
-    assert "opset 18" in done.stdout
-    assert "3/3" in done.stdout
-
-
-def test_command_on_a_folder(file: Path) -> None:
-    folder = file.parent / "run"
-    save_pretrained(undecided("cifar", ("layer", "exits")), folder)
-    done = command(str(folder), "-o", str(file), "--confidence", "0.5", "--json")
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["agrees"]
-
-
-def test_command_says_what_is_wrong(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = command("ddi_resnet20_cifar", "--no-pretrained", "-o", str(file.with_suffix(".txt")))
-    assert done.exit_code == 2
-    assert "must end in .onnx" in done.stderr
-    done = command("ddi_resnet20_cifar", "--no-pretrained", "-o", str(file.parent / "nowhere" / "x.onnx"))
-    assert done.exit_code == 2
-    monkeypatch.setattr("timm_dynamic.cli.export.TOLERANCE", -1.0)
-    done = command("ddi_resnet20_cifar", "--no-pretrained", "-o", str(file))
-    assert done.exit_code == 1
-    assert "does not give what PyTorch gives" in done.stderr

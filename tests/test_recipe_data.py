@@ -160,3 +160,16 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(files, "create_dataset", missing)
     with pytest.raises(datasets.DataError, match="pip install datasets"):
         datasets.load("hfds/some/images", tmp_path, True, 32, 0)
+
+
+def test_training_images_without_augmentation(tmp_path: Path) -> None:
+    digits = datasets.digits(16, 0)
+    found = datasets.plain_images(digits, 300)
+    assert [len(x) for x in found] == [128, 128, 44]
+    train: Any = digits.train
+    assert torch.equal(found[0][0], train.images.__getitems__([0])[0][0])
+    root = make_folder(tmp_path / "images", 100)
+    large = datasets.load("folder", root, False, 96, 0)
+    again, once = (torch.cat(datasets.plain_images(large, 50)) for _ in range(2))
+    assert again.shape == (16, 3, 96, 96)
+    assert torch.equal(again, once)

@@ -70,10 +70,9 @@ def _prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(monkeypatch)
 
 
-def settings(output: Path, **changes: Any) -> options.Settings:
-    values = {"model": "ddi_resnet20_cifar", **TINY, "output": output, **changes}
-    prefix = values["model"].partition("_")[0] + "_"
-    return options.settings(prefix[:-1], values, prefix=prefix, target=0.5)
+def settings(output: Path, recipe: str = "ddi", **changes: Any) -> options.Settings:
+    values = {"model": f"{recipe}_resnet20_cifar", **TINY, "output": output, **changes}
+    return options.settings(recipe, values, prefix=f"{recipe}_", target=0.5)
 
 
 class Killed(BaseException):
@@ -136,7 +135,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path, s
     same_run(whole, output)
 
 
-REINFORCED: dict[str, Any] = {"model": "skipnet_resnet20_cifar", "method": "sp+hrl", "distill": 1.0, "ema": 0.9}
+REINFORCED: dict[str, Any] = {"recipe": "skipnet", "method": "sp+hrl", "distill": 1.0, "ema": 0.9}
 
 
 @pytest.fixture(scope="module")
@@ -564,3 +563,40 @@ def test_two_processes(tmp_path: Path) -> None:
     val: Any = ALL_DIGITS(16, 0).val
     x, y = val.__getitems__(list(range(540)))
     assert summary["dynamic"]["accuracy"] == pytest.approx((model(x).argmax(1) == y).double().mean().item())
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """The same batches, half in each process, give the same network, where no batch norm sees its part only."""
+    script = tmp_path / "still.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(RECIPES)!r}, {str(Path(__file__).parent)!r}]\n"
+        "import torch, loop, options, stages, timm_dynamic as td\n"
+        "def gates(model, settings):\n"
+        "    td.add_layer_gates(model, td.LayerGateConfig(kind='rnn', init='random'))\n"
+        "def task(model, outlook):\n"
+        "    made = stages.dynamic_task(model, outlook)\n"
+        "    train = made.train\n"
+        "    def still(mode=True):\n"
+        "        train(mode)\n"
+        "        for module in model.modules():\n"
+        "            if isinstance(module, torch.nn.BatchNorm2d): module.eval()\n"
+        "        return made\n"
+        "    made.train = still\n"
+        "    return made\n"
+        "plan = (stages.Stage('sp', task, surgery=gates, epochs=1, lr=0.01),)\n"
+        "values = dict(model='resnet20_cifar', image_size=16, batch_size=16, max_steps=3,\n"
+        "              precision='fp32', evaluations=1, threads=1, target=0.5)\n"
+        "values['output'] = __import__('pathlib').Path(sys.argv[1])\n"
+        "loop.run(plan, options.settings('skipnet', values, 'skipnet_'))\n"
+    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        line = [*command, str(script), str(tmp_path / name)]
+        found = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+        assert found.returncode == 0, found.stderr
+    torch.testing.assert_close(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"), rtol=1e-4, atol=1e-5)
+    one, two = (RunFolder(tmp_path / name).rows()[0] for name in ("one", "two"))
+    assert two["train"]["loss"] == pytest.approx(one["train"]["loss"], rel=1e-4)
+    assert two["train"]["macs_share"] == pytest.approx(one["train"]["macs_share"], rel=1e-4)
+    assert two["macs"] == pytest.approx(one["macs"], rel=1e-3)

@@ -24,7 +24,7 @@ import timm_dynamic as td
 from timm_dynamic import registry
 
 PREFIXES = ["skipnet", "iadi", "ddi"]
-CIFAR = [f"resnet{depth}_cifar" for depth in (20, 32, 38, 74, 110, 152)] + ["densenet100_cifar"]
+CIFAR = [f"resnet{depth}_cifar" for depth in (20, 32, 38, 74, 110, 152)] + ["densenet40_cifar", "densenet100_cifar"]
 BASES = [*timm.list_models(module="resnet"), *timm.list_models(module="densenet"), *CIFAR]
 LAYER_ONLY = [name for module in ("res2net", "resnest", "sknet") for name in timm.list_models(module=module)]
 OTHERS = ["skipnet_resnet18", "iadi_densenet121", "ddi_resnet20_cifar"]

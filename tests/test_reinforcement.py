@@ -34,7 +34,7 @@ def network(gate: str = "rnn") -> nn.Module:
 
 
 def task(model: nn.Module, **options: Any) -> ReinforceTask:
-    plain: dict[str, Any] = {"alpha": ALPHA, "unit_costs": COSTS, "normalise": False}
+    plain: dict[str, Any] = {"alpha": ALPHA, "unit_costs": COSTS, "normalise": False, "temperature": 1.0}
     return ReinforceTask(model, 10_000_000, 100, **{**plain, **options}).train()
 
 

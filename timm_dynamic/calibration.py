@@ -85,6 +85,60 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
     return best
 
 
+@torch.no_grad()
+def meet_cost(model: Any, images: Iterable[Tensor], fraction: float) -> float:
+    """Move one threshold for all gates until the mean cost of going to the head is as near to a target as it gets.
+
+    Unlike `calibrate` it needs no labels and looks at no accuracy: it makes good what a trained network's cost is
+    beside the one that it was trained for.
+
+    Args:
+        model: a trained dynamic model with gates, in any mode.
+        images: batches [B, C, H, W].
+        fraction: the wanted mean MACs as a share of the stock model's.
+
+    Returns:
+        The mean share that is met. The thresholds are left as they were if no other one is nearer to the target.
+
+    Raises:
+        ValueError: if the model has no gates, or there are no images.
+    """
+    parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
+    batches = list(images)
+    if not parts or not batches:
+        raise ValueError(f"meet_cost needs gates and images; found {len(parts)} kinds of gates, {len(batches)} batches")
+    before = [part.threshold.clone() for part in parts]
+    with _kept(model):
+        tried: dict[float | None, float] = {None: _mean_share(model, batches)}
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS + 2):
+            middle = (low + high) / 2
+            _set(model, middle, None)
+            tried[middle] = _mean_share(model, batches)
+            low, high = (middle, high) if tried[middle] > fraction else (low, middle)
+    best = min(tried, key=lambda threshold: abs(tried[threshold] - fraction))
+    if best is not None:
+        _set(model, best, None)
+    else:
+        for part, threshold in zip(parts, before, strict=True):
+            part.threshold.copy_(threshold)
+    return tried[best]
+
+
+def _mean_share(model: Any, batches: list[Tensor]) -> float:
+    """Mean MACs of going to the head without any exit, as a share of the stock model's."""
+    device = next(model.parameters()).device
+    spent, count = 0.0, 0
+    for x in batches:
+        walk = Walk(model, x.to(device), Log(len(x)), budgeted=False)
+        assert walk.macs is not None
+        walk.to_exit(len(walk.stops) - 1)
+        macs = torch.as_tensor(walk.macs.spent + walk.macs.exit_cost(len(walk.stops) - 1), dtype=torch.float64)
+        spent += macs.expand(len(x)).sum().item() / walk.macs.table.dense
+        count += len(x)
+    return spent / count
+
+
 class _Search:
     """Settings that were tried, and the best that meets the target."""
 

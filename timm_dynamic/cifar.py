@@ -1,7 +1,8 @@
 """The plain CIFAR networks, built from timm's own classes and registered as timm models.
 
 ResNets are 6n+2 layers deep (He et al., arXiv:1512.03385, section 4.2) with a 1x1 projection where a stage changes
-width. `densenet100_cifar` is DenseNet-BC with growth 12 (Huang et al., arXiv:1608.06993). Both take small images as
+width. `densenet40_cifar` and `densenet100_cifar` are DenseNet-BC with growth 12 (Huang et al., arXiv:1608.06993).
+Both kinds take small images as
 they are: the stem is one 3x3 convolution of stride 1 without pooling.
 """
 
@@ -193,7 +194,8 @@ _resnet_cfg = partial(_cfg, "conv1", "fc", "arXiv:1512.03385")
 _densenet_cfg = partial(_cfg, "features.conv0", "classifier", "arXiv:1608.06993")
 
 _cfgs: dict[str, Any] = {f"resnet{depth}_cifar": _resnet_cfg() for depth in (20, 32, 38, 74, 110, 152)}
-default_cfgs = generate_default_cfgs({**_cfgs, "densenet100_cifar": _densenet_cfg()})
+_cfgs |= {f"densenet{depth}_cifar": _densenet_cfg() for depth in (40, 100)}
+default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _build(cls: type, name: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> Any:
@@ -246,9 +248,20 @@ def resnet152_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     return _resnet(152, pretrained, **kwargs)
 
 
+def _densenet(depth: int, pretrained: bool, **kwargs: Any) -> CifarDenseNet:
+    """Build the DenseNet-BC of `depth` = 6n+4 layers."""
+    model_args = {"growth_rate": 12, "block_config": ((depth - 4) // 6,) * 3}
+    model: CifarDenseNet = _build(CifarDenseNet, f"densenet{depth}_cifar", pretrained, model_args, kwargs)
+    return model
+
+
+@register_model
+def densenet40_cifar(pretrained: bool = False, **kwargs: Any) -> CifarDenseNet:
+    """DenseNet-BC-40 for CIFAR: growth 12, 6 dense layers in each block."""
+    return _densenet(40, pretrained, **kwargs)
+
+
 @register_model
 def densenet100_cifar(pretrained: bool = False, **kwargs: Any) -> CifarDenseNet:
     """DenseNet-BC-100 for CIFAR: growth 12, 16 dense layers in each block."""
-    model_args = {"growth_rate": 12, "block_config": (16, 16, 16)}
-    model: CifarDenseNet = _build(CifarDenseNet, "densenet100_cifar", pretrained, model_args, kwargs)
-    return model
+    return _densenet(100, pretrained, **kwargs)

@@ -92,7 +92,9 @@ def write_comparison(folder: str | Path, title: str, rows: Sequence[Row], claims
     path = folder / "report.html"
     seeds = len({row["seed"] for row in rows})
     intro = f"<p>{len(rows)} networks, {seeds} seeds. Accuracy and cost are means over seeds, ± their deviation.</p>"
-    path.write_text(page(title, [intro, *_claims_section(verdicts), *_variants_section(rows)]))
+    curves, points = [row for row in rows if row.get("target")], [row for row in rows if not row.get("target")]
+    sections = [*_claims_section(verdicts), *_variants_section(points), *(_curves_section(curves) if curves else [])]
+    path.write_text(page(title, [intro, *sections]))
     return path
 
 
@@ -138,6 +140,27 @@ def _variants_section(rows: Sequence[Row]) -> list[str]:
     caption = "Accuracy over cost of every variant; small marks are seeds, large ones their means."
     header = ("variant", "accuracy", "share of the dense MACs", "policies", "deviation of the share between images")
     return ["<h2>Variants</h2>", svg(figure, "variants", caption), table(header, body)]
+
+
+def _curves_section(rows: Sequence[Row]) -> list[str]:
+    """Accuracy over the cost that was aimed at, and how near the cost came."""
+    figure, axes = figure_and_axes()
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        points = []
+        for target in sorted({row["target"] for row in rows if row["variant"] == name}):
+            own = [row for row in rows if row["variant"] == name and row["target"] == target]
+            share = statistics.mean(100 * row["macs_share"] for row in own)
+            accuracies = [100 * row["accuracy"] for row in own]
+            worst = max(abs(100 * (row["macs_share"] - target)) for row in own)
+            points.append((share, statistics.mean(accuracies)))
+            body.append((name, f"{100 * target:.0f} %", f"{share:.1f} %", f"{worst:.1f}", _mean(accuracies, "%")))
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set(xlabel="mean multiply-adds of an image (% of the dense network's)", ylabel="accuracy (%)")
+    axes.legend(frameon=False)
+    caption = "One trained network at many mean costs, on images that it was not calibrated on."
+    header = ("what was moved", "target", "cost met", "farthest from it (points)", "accuracy")
+    return ["<h2>One network, many costs</h2>", svg(figure, "curves", caption), table(header, body)]
 
 
 def _mean(values: Sequence[float], unit: str) -> str:

@@ -182,8 +182,9 @@ def static_policy(
 ) -> Policy:
     """The static network that a dynamic one has to beat: the pattern that it gives most often, at its mean cost.
 
-    If that pattern is cheaper, without gates, than the dynamic network is on the mean, gates included, then what is
-    kept most often is added to it, as long as that brings it nearer to the mean.
+    Of the patterns that are, without gates, no dearer than the dynamic network on the mean, gates included, the most
+    common one is taken (if all are dearer, the empty one). What is kept most often is added to it, as long as that
+    brings it nearer to the mean.
 
     Args:
         model: a dynamic network with gates, without a budget.
@@ -217,8 +218,10 @@ def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
     """The most common pattern, filled up until it costs what is wanted."""
     keeps = torch.cat([rows["layers"], rows["channels"]], dim=1).bool()
     patterns, counts = torch.unique(keeps, dim=0, return_counts=True)
-    best = int(counts.argmax())
-    pattern, layers = patterns[best].clone(), rows["layers"].shape[1]
+    layers = rows["layers"].shape[1]
+    cheap = torch.tensor([_policy_macs(table, one, layers) <= 1.02 * wanted for one in patterns])
+    best = int(torch.where(cheap, counts, 0).argmax())
+    pattern = patterns[best].clone() if cheap.any() else torch.zeros_like(patterns[0])
     for place in keeps.double().mean(0).argsort(descending=True, stable=True).tolist():
         fuller = pattern.clone()
         fuller[place] = True
@@ -228,7 +231,8 @@ def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
         pattern = fuller
     digits = "".join("01"[int(keep)] for keep in pattern)
     macs = _policy_macs(table, pattern, layers)
-    return Policy(digits[:layers], digits[layers:], macs, counts[best].item() / len(keeps))
+    same = (keeps == pattern).all(1).double().mean().item()
+    return Policy(digits[:layers], digits[layers:], macs, same)
 
 
 def _policy_macs(table: CostTable, pattern: Tensor, layers: int) -> int:

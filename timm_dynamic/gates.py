@@ -260,6 +260,13 @@ class ChannelGates(nn.Module):
         self.threshold = self.threshold[:count]
 
 
+def sharpened(prob: Tensor, temperature: float) -> Tensor:
+    """Probabilities whose logits are divided by a temperature: below 1 they move away from 0.5. Any shape, float32."""
+    if temperature == 1:
+        return prob
+    return torch.sigmoid(torch.logit(prob.float(), eps=1e-6) / temperature)
+
+
 def widen(keep: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Keeps of groups as keeps of channels. keep: [B, groups] -> [B, channels]."""
     if len(set(sizes)) == 1:

@@ -147,7 +147,7 @@ class _Writer:
         fixed = {*inputs, *outputs}
         names, extra = self._unseam(fast, seams, set(inputs))
         for constant in {weight.name for weight in fast.initializer} & set(outputs) - names.keys():
-            names[constant] = f"{constant}_plain"
+            names[constant] = f"{constant}_plain{next(self.numbers)}"
             extra[f"{constant}_given"] = self.onnx.helper.make_node("Identity", [names[constant]], [constant])
         prefix = f"g{next(self.numbers)}_"
 
@@ -201,7 +201,7 @@ class _Writer:
         names: dict[str, str] = {}
         changes: dict[str, Any] = {}
         for seam in seams:
-            maker, plain = makers.get(seam), f"{seam}_plain"
+            maker, plain = makers.get(seam), f"{seam}_plain{next(self.numbers)}"
             names[seam] = plain
             if maker is not None and maker.op_type == "ReorderOutput":
                 self.changed = True

@@ -130,6 +130,8 @@ def _open(runtime: Any, model: Any, threads: int | None, optimise: bool = True) 
     options = _options(runtime, threads)
     if not optimise:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # many small branches: freed memory is used again while it is in the cache
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families
-from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, ratio
+from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, positive, ratio
 from .exits import ExitHead, Exits
 from .gates import ChannelGates, GateSite, make_layer_gates
 from .roots import ROOTS
@@ -128,7 +128,7 @@ def set_execution(model: Any, execution: str) -> Any:
     return model
 
 
-def set_gating(model: Any, gating: str) -> Any:
+def set_gating(model: Any, gating: str, temperature: float = 1.0) -> Any:
     """Choose how the gates of a dynamic model decide in training.
 
     Args:
@@ -136,12 +136,15 @@ def set_gating(model: Any, gating: str) -> Any:
         gating: "hard": keep where the probability is at least 0.5, with a straight-through gradient (SkipNet, eq. 7);
             "soft": keep to the extent of the probability (the paper's table 3); "sample": keep with that probability,
             without a gradient through the decision (SkipNet, section 3.2).
+        temperature: for "sample", what the logits of the probabilities are divided by before drawing.
 
     Raises:
-        ValueError: for another word, or a stock model.
+        ValueError: for another word, a temperature that is not above 0, or a stock model.
     """
     one_of("gating", gating, ("hard", "soft", "sample"))
-    dynamic_of(model).gating = gating
+    positive("temperature", temperature)
+    dynamic = dynamic_of(model)
+    dynamic.gating, dynamic.temperature = gating, float(temperature)
     return model
 
 

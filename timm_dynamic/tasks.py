@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
+from .gates import sharpened
 from .surgery import set_execution, set_gating
 
 GATES = ("layer_gates", "channel_gates")
@@ -107,11 +108,12 @@ class WarmupTask(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Mean number of gates that are shut for images ``x`` [B, C, H, W] as the loss."""
         decisions = decide(self.model, x)
-        loss = losses.shut_gates([decisions.layer_keep, *decisions.channel_keep])
+        keeps = [decisions.layer_keep, *decisions.channel_keep]
         return {
-            "loss": loss,
+            "loss": losses.shut_gates(keeps),
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
+            "skip_ratio": 1 - torch.cat([keep.detach().float() for keep in keeps], dim=1).mean(),
         }
 
 
@@ -259,7 +261,10 @@ class ReinforceTask(DynamicTask):
 
     Decisions are sampled; they carry no gradient, and the likelihood of each is pushed by what was paid from it on,
     less a baseline that does not depend on it. The paper's plain form is ``baseline="none", still=False,
-    normalise=False``; its reinforcement learning alone is ``supervised=False``.
+    normalise=False, temperature=1``; its reinforcement learning alone is ``supervised=False``.
+
+    In inference nothing is sampled. So alpha is steered by what the unsampled policy costs, where there is one; and a
+    low temperature samples near it: only gates that hardly know are tried the other way.
 
     Args:
         model: a dynamic network with layer gates.
@@ -273,6 +278,7 @@ class ReinforceTask(DynamicTask):
         still: batch norms use their running statistics, and leave them as they are.
         normalise: divide what gates are paid by its deviation over the batch.
         entropy: weight of the entropy of the gates' decisions, which is to grow.
+        temperature: of the samples; see `set_gating`.
         **steering: `alpha` or `target` and the other options of `DynamicTask`.
     """
 
@@ -291,6 +297,7 @@ class ReinforceTask(DynamicTask):
         still: bool = True,
         normalise: bool = True,
         entropy: float = 0.0,
+        temperature: float = 0.25,
         **steering: Any,
     ):
         super().__init__(model, dense_cost, steps, **steering)
@@ -308,6 +315,7 @@ class ReinforceTask(DynamicTask):
         self.still = still
         self.normalise = normalise
         self.entropy = entropy
+        self.temperature = temperature
         self.register_buffer("average", torch.zeros(gates))
 
     def train(self, mode: bool = True) -> ReinforceTask:
@@ -320,16 +328,20 @@ class ReinforceTask(DynamicTask):
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
-        set_gating(self.model, "sample")
+        greedy = self._greedy(x) if self.baseline == "greedy" else None
+        set_gating(self.model, "sample", self.temperature)
         try:
             decisions = decide(self.model, x)
         finally:
             set_gating(self.model, "hard")
-        share = losses.cost_share(decisions.cost, self.dense_cost)
+        counted = self.model.dynamic.priced is None  # type: ignore[union-attr]
+        share = losses.cost_share((greedy if greedy and counted else decisions).cost, self.dense_cost)
         weight = self._cost_weight(_mean_over_processes(share.detach()))
         paid = self._paid(decisions, y, weight)
-        loss = losses.policy_gradient(decisions.layer_keep, decisions.layer_prob, self._advantage(paid, x, y, weight))
-        loss = loss - self.entropy * losses.gate_entropy(decisions.layer_prob)
+        prob = sharpened(decisions.layer_prob, self.temperature)
+        advantage = self._advantage(paid, None if greedy is None else self._paid(greedy, y, weight))
+        loss = losses.policy_gradient(decisions.layer_keep, prob, advantage)
+        loss = loss - self.entropy * losses.gate_entropy(prob)
         if self.information:
             loss = loss - self.information * losses.unit_information(decisions.layer_prob)
         # without supervision the classifier still takes part, with a gradient of zero: processes wait for all gradients
@@ -342,10 +354,10 @@ class ReinforceTask(DynamicTask):
         costs = torch.tensor(self.unit_costs, device=y.device)
         return losses.skip_returns(cross_entropy, decisions.layer_keep, costs, weight, self.beta)
 
-    def _advantage(self, paid: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """What was paid, less the baseline."""
-        if self.baseline == "greedy":
-            paid = paid - self._paid(self._greedy(x), y, weight)
+    def _advantage(self, paid: Tensor, greedy: Tensor | None) -> Tensor:
+        """What was paid, less the baseline. greedy: what the policy would be paid that does not sample."""
+        if greedy is not None:
+            paid = paid - greedy
         elif self.baseline == "average":
             mean = _mean_over_processes(paid.mean(0))
             before = torch.where(self.seen > 1, self.average, mean)

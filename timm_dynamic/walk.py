@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from . import costs, families, units
 from .configs import BudgetConfig
 from .counting import count_macs
-from .gates import Memory, straight_through, widen
+from .gates import Memory, sharpened, straight_through, widen
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Dynamic:
     budget: BudgetConfig | None = None
     forced: Forced | None = None
     gating: str = "hard"  # how gates decide in training: see set_gating
+    temperature: float = 1.0  # of sampled decisions
     priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
     slices: units.Slices | None = None  # of an optimised copy: sliced weights of patterns met before
     origin: Any = None  # of an optimised copy: the model it was made from, on the meta device
@@ -252,7 +253,9 @@ class Walk:
         gating = self.model.dynamic.gating
         if gating == "soft":
             return prob
-        return torch.bernoulli(prob.detach()) if gating == "sample" else straight_through(prob)
+        if gating == "sample":
+            return torch.bernoulli(sharpened(prob.detach(), self.model.dynamic.temperature))
+        return straight_through(prob)
 
     def _ask_channels(self, g: int, x: Tensor, places: Tensor | None) -> list[Tensor]:
         """For each hidden width of gated unit `g`, keeps of its groups [B', groups]."""

@@ -161,5 +161,15 @@ def val_loader(data: Data, batch_size: int, workers: int | None) -> DataLoader[A
     return DataLoader(data.val, batch_size=batch_size, num_workers=_workers(data, workers), collate_fn=_ready)
 
 
+def plain_images(data: Data, count: int, batch_size: int = 128) -> list[Tensor]:
+    """Batches [B, C, H, W] of up to so many training images, from all over the set, not augmented."""
+    train: Any = data.train
+    val: Any = data.val
+    source = Folder(train.files, val.transform, None) if isinstance(train, Folder) else train.images
+    places = np.linspace(0, len(train) - 1, min(count, len(train))).astype(int).tolist()
+    parts = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    return [source.__getitems__(part)[0] for part in parts]
+
+
 def _workers(data: Data, wanted: int | None) -> int:
     return wanted if wanted is not None else (4 if isinstance(data.train, Folder) else 0)

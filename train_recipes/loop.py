@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 import data as datasets
 import results
 from options import Settings
-from processes import Sums, make_accelerator, seed_everything, start_trackers, track
+from processes import Sums, make_accelerator, peak_memory, seed_everything, start_trackers, track
 from run_folder import BASE, SUMMARY, Progress, RunError, RunFolder, load_weights, read_progress, read_training
 from stages import STATIC, Outlook, Stage, planned
 from timm_dynamic import set_execution
@@ -183,21 +184,46 @@ class Trainer:
     def _run_stage(self, index: int, stage: Stage, checkpoint: Path | None) -> None:
         if checkpoint is None:
             self.progress.stage, self.progress.step, self.progress.sums = index, 0, {}
+            self.progress.reached = False
         running = self._start(stage, checkpoint)
         accumulate, start = self.settings.accumulate, self.progress.step * self.settings.accumulate
-        loader = self._loader(index, start, running.steps * accumulate)
+        loader = self._loader(index, start, start if self.progress.reached else running.steps * accumulate)
+        begun = time.perf_counter(), self.progress.step
         try:
             for batch, (x, y) in enumerate(loader, start):
                 seed_everything(self.settings.seed, index, batch, self.accelerator.process_index)
                 self._learn(running, x.contiguous(memory_format=torch.channels_last), y)
+                if self.progress.reached:
+                    break
         except (OSError, RuntimeError) as error:
             raise self._explained(error, running) from error
         finally:
             running.bar.close()
+        self._check_reached(running)
+        self._say_what_it_took(running, *begun)
         if running.ema is not None:
             self.model.load_state_dict(running.ema.module.state_dict())
         self.previous = dict(self._own_buffers(running.task))
         self.accelerator.free_memory()
+
+    def _say_what_it_took(self, running: Running, begun: float, first: int) -> None:
+        """Print the time of a step, evaluations included, and the most memory that was held so far."""
+        steps = max(1, self.progress.step - first)
+        self.accelerator.print(
+            f"stage {running.stage.name}: {(time.perf_counter() - begun) / steps:.3f} s a step with its evaluations, "
+            f"{peak_memory(self.accelerator.device) / 1e9:.2f} GB at most so far"
+        )
+
+    def _check_reached(self, running: Running) -> None:
+        """Fail where a stage had something to reach and did not; a dry run goes on."""
+        stage = running.stage
+        if stage.until is None or self.progress.reached or self.settings.max_steps:
+            return
+        raise RunError(
+            f"stage {stage.name} ended after {self.progress.step} steps with a skip ratio of "
+            f"{self.progress.skip_ratio:.3f}, wanted under {stage.until}: try --stage {stage.name}.epochs=, "
+            f"another {stage.name}.lr, or --gate-init open"
+        )
 
     def _learn(self, running: Running, x: Tensor, y: Tensor) -> None:
         """One batch, and what is due after the optimiser's step if it was the last part of one."""
@@ -303,6 +329,9 @@ class Trainer:
     def _evaluate(self, running: Running, lr: float) -> None:
         """Measure the network, and write a row of the metrics."""
         means = running.sums.take(self.accelerator)
+        if running.stage.until is not None:
+            self.progress.skip_ratio = means["skip_ratio"]
+            self.progress.reached = means["skip_ratio"] < running.stage.until
         model = self.model if running.ema is None else running.ema.module
         for buffer in model.buffers() if self.accelerator.num_processes > 1 else ():
             broadcast(buffer)  # the batch-norm statistics that are saved are the main process's

@@ -68,6 +68,7 @@ class Settings:
     unit_cost: str = "macs"
     baseline: str = "greedy"
     entropy: float = 0.0
+    temperature: float = 0.25
     plain: bool = False
     keep: float = 0.6
     policy: str | None = None
@@ -133,6 +134,8 @@ def _check(found: Settings, prefix: str) -> None:
     for name in ("distill", "information", "distill_exits", "beta", "entropy"):
         if getattr(found, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
+    if found.temperature <= 0:
+        raise RunError(f"--temperature must be above 0; found {found.temperature}")
     for name in ("ema", "keep"):
         if not 0 <= getattr(found, name) <= 1 or found.ema == 1:
             raise RunError(f"--{name} must be in 0..1; found {getattr(found, name)}")

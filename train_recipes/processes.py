@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
+import sys
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,14 @@ def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
 def seed_everything(*entropy: int) -> None:
     """Seed torch from several numbers, so that what follows depends on nothing that came before."""
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were held so far: on a GPU by tensors, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Sums:

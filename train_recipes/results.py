@@ -16,16 +16,19 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import timm_dynamic as td
+from data import plain_images
 from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
 from timm_dynamic.budgets import set_price
+from timm_dynamic.calibration import meet_cost
 from timm_dynamic.costs import CostTable
 from timm_dynamic.evaluation import Evaluation, Policy, costs_of, evaluate, latency
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
 
 TIMED_IMAGES = 20
+COUNTED_IMAGES = 512
 SMALL = ("digits", "cifar10", "cifar100", "svhn")
 ROUNDS = 60
 
@@ -181,6 +184,7 @@ def finish(
     """Measure the trained network, print the table and write what the run leaves behind."""
     if hasattr(model, "dynamic"):
         td.set_execution(model, "skip")
+        _meet_target(accelerator, model, data, settings)
     chosen = restrictions(model, data.input_size)
     found = {"dynamic": measure(accelerator, model, loader)}
     found |= measure_restricted(accelerator, model, loader, chosen)
@@ -194,6 +198,16 @@ def finish(
         print_table(summary)
         Console().print(f"{folder.root} holds model.safetensors, summary.json and report.html", soft_wrap=True)
     accelerator.wait_for_everyone()
+
+
+def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
+    """Make good, by the gates' thresholds, what the cost on training images is beside the target."""
+    steered = settings.target is not None and settings.method not in ("sdv", "static") and settings.cost == "macs"
+    gated = hasattr(model, "layer_gates") or hasattr(model, "channel_gates")
+    if not steered or not gated or settings.max_steps:
+        return
+    found = meet_cost(model, plain_images(data, COUNTED_IMAGES), settings.target or 1.0)
+    accelerator.print(f"{100 * found:.1f} % of the dense MACs on training images, wanted {100 * settings.target:.1f} %")  # type: ignore[operator]
 
 
 def summarise(

@@ -32,6 +32,8 @@ class Progress:
         stage: place of the stage in the recipe.
         step: optimiser steps done in it.
         total: optimiser steps done in all stages.
+        reached: whether the stage got where it had to get, and may end.
+        skip_ratio: the last that it was judged by.
         results: what stages have found, such as the dense base's accuracy.
         sums: running sums of the metrics since the last evaluation, by name, and their ``count``.
     """
@@ -39,6 +41,8 @@ class Progress:
     stage: int = 0
     step: int = 0
     total: int = 0
+    reached: bool = False
+    skip_ratio: float = 1.0
     results: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from timm_dynamic.evaluation import costs_of
 from timm_dynamic.surgery import force_always, set_gating, set_policy
 from timm_dynamic.tasks import GATES, BaseTask, DynamicTask, ExitsTask, ReinforceTask, WarmupTask
 
-CHANGEABLE = ("epochs", "iterations", "lr", "schedule", "milestones", "weight_decay", "gate_lr", "alpha")
+CHANGEABLE = ("epochs", "iterations", "lr", "schedule", "milestones", "weight_decay", "gate_lr", "until", "alpha")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Stage:
         weight_decay: on every parameter.
         gate_lr: learning rate of the gates as a share of ``lr``. Slow gates stay undecided for longer, and end up
             looking at the image instead of always open or always shut.
+        until: skip ratio of all gates in training under which the stage ends, looked at when it is evaluated; if it
+            never gets there, the run fails.
         alpha: weight of the cost in this stage, instead of the run's --alpha or --target.
     """
 
@@ -76,6 +78,7 @@ class Stage:
     milestones: tuple[float, ...] = (0.5, 0.75)
     weight_decay: float = 1e-4
     gate_lr: float = 1.0
+    until: float | None = None
     alpha: float | None = None
 
     def steps(self, per_epoch: int, settings: Settings) -> int:
@@ -265,6 +268,7 @@ def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Mod
         still=bool(outlook.previous) and not plain,
         normalise=not plain,
         entropy=0.0 if plain else settings.entropy,
+        temperature=1.0 if plain or not outlook.previous else settings.temperature,
         **_steering(outlook),
     )
     return _going_on(task, outlook)
