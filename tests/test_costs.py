@@ -10,6 +10,7 @@ from nets import (
     KINDS,
     LAYER_KINDS,
     MODES,
+    SIZE,
     STOCK,
     add,
     assert_same_state,
@@ -168,6 +169,18 @@ def test_rows_add_up(kind: str) -> None:
 
 def units_in(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck", "DenseLayer", "_DenseLayer")]
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "grouped", "dense"])
+def test_one_image_is_priced_in_plain_numbers(kind: str) -> None:
+    """The same as in tensors, for MACs exactly."""
+    table = td.cost_table(dynamic(kind), (3, SIZE, SIZE))
+    for unit in (*table.units, *table.scaled(0.37, "").units):
+        for _ in range(3):
+            keep, channels = torch.rand(1) < 0.7, [torch.rand(1, len(sizes)) < 0.5 for sizes in unit.sizes]
+            wanted = unit.price(keep, channels or None)
+            found = unit.price_one(bool(keep), [part[0].tolist() for part in channels] or None)
+            assert float(wanted) == pytest.approx(found, rel=0 if isinstance(found, int) else 1e-6)
 
 
 @pytest.mark.parametrize("parts", [["layer", "exits"], ["channel", "exits"], ["layer", "channel", "exits"]])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import timm_dynamic as td
 from timm_dynamic import families, units
+from timm_dynamic.gates import pooled
 
 
 def normed(x: Tensor, n: Any) -> Tensor:
@@ -279,3 +280,37 @@ def test_channels_last_stays_so(kind: str, mode: str, monkeypatch: pytest.Monkey
     assert len(maps) > 20
     wrong = [tuple(m.shape) for m in maps if not m.is_contiguous(memory_format=torch.channels_last)]
     assert wrong == []
+
+
+@pytest.mark.parametrize("gate", [[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.3, 1.0, 0.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixing_has_the_gradient_of_its_formula(gate: list[float], dtype: torch.dtype) -> None:
+    rested, y, weight = (torch.randn(3, 4, 5, 5, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3))
+    leaves = [rested.requires_grad_(), y.requires_grad_(), torch.tensor(gate, dtype=dtype, requires_grad=True)]
+    column = leaves[2][:, None, None, None]
+    found, wanted = units._mix(rested, y, column, True), column * y + (1 - column) * rested
+    torch.testing.assert_close(found, wanted)
+    if set(gate) <= {0.0, 1.0}:
+        assert torch.equal(found, wanted)
+    given = torch.autograd.grad((found * weight).sum(), leaves, allow_unused=True)
+    for one, other in zip(given, torch.autograd.grad((wanted * weight).sum(), leaves), strict=True):
+        torch.testing.assert_close(torch.zeros_like(other) if one is None else one, other)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gathered_images_keep_their_layout(layout: torch.memory_format) -> None:
+    x, places = torch.randn(6, 4, 5, 5).to(memory_format=layout), torch.tensor([0, 3, 5])
+    found = units.gathered(x, places)
+    assert torch.equal(found, x[places])
+    assert found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_of_the_pool_has_the_layout_of_its_input(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 5, 5).to(memory_format=layout).requires_grad_()
+    found = pooled(x)
+    assert torch.equal(found, x.mean((2, 3)))
+    (grad,) = torch.autograd.grad(found.square().sum(), x)
+    (wanted,) = torch.autograd.grad(x.mean((2, 3)).square().sum(), x)
+    assert torch.equal(grad, wanted)
+    assert grad.is_contiguous(memory_format=layout)

@@ -1,6 +1,7 @@
 """What the parts of a network cost: an image's cost is a sum over what it ran."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,6 +90,30 @@ class UnitCost:
         if keep is None:
             return inside + outside
         return _number(keep) * inside + outside
+
+    def price_one(self, keep: bool, channels: Sequence[Sequence[bool]] | None) -> Any:
+        """`price` of one image in plain numbers, which take a tenth of the time of small tensors.
+
+        Args:
+            keep: whether the unit runs.
+            channels: for each gated hidden width, keeps of its groups; None if not gated.
+        """
+        outside = self.layer_gate + self.shortcut
+        if not keep:
+            return outside
+        if channels is None or not self.divisible:
+            return self.channel_gate + self.branch + outside
+        if any(conv.groups > 1 for conv in self.convs):
+            return self._price_convs([torch.tensor([part]) for part in channels]).item() + self.channel_gate + outside
+        counts = [sum(itertools.compress(sizes, part)) for sizes, part in zip(self.sizes, channels, strict=True)]
+        total = self.channel_gate + outside
+        for i, conv in enumerate(self.convs):
+            kept_in = conv.inputs if i == 0 else counts[i - 1]
+            kept_out = counts[i] if i < len(counts) else conv.outputs
+            total += _share(conv.cost, conv.inputs * conv.outputs) * kept_in * kept_out
+            if conv.extra:
+                total += _share(conv.extra, conv.outputs) * kept_out if i < len(counts) else conv.extra
+        return total
 
     def _price_convs(self, channels: Sequence[Tensor]) -> Any:
         total: Any = 0

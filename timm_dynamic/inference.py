@@ -41,6 +41,8 @@ def _optimized(model: Any) -> Any:
         fast.dynamic.origin, fast.dynamic.slices = on_meta(model), {}
     for unit in families.units(fast):
         _fold_unit(unit)
+        if hasattr(fast, "dynamic") and unit.kind.branch is None:
+            _drop_identities(unit)
     _fold_root(fast)
     for module in list(fast.modules()):
         if isinstance(module, nn.Sequential):
@@ -57,14 +59,15 @@ class FoldedRecurrentGates(nn.Module):
         super().__init__()
         self.config, self.keys = gates.config, list(gates.keys)
         self.threshold: Tensor = nn.Buffer(gates.threshold.clone())
-        cell, matrices, offsets = gates.cell, [], []
-        for key in self.keys:
+        cell, matrices, offsets = gates.cell, {}, {}
+        for key in dict.fromkeys(self.keys):
             project: Any = gates.project[key]
-            matrices.append((cell.weight_ih @ project.weight).t().contiguous())  # [C, 4 * hidden]
-            offsets.append(cell.weight_ih @ project.bias + cell.bias_ih + cell.bias_hh)
-        self.matrices = nn.ParameterList(nn.Parameter(m, requires_grad=False) for m in matrices)
-        self.offsets = nn.ParameterList(nn.Parameter(o, requires_grad=False) for o in offsets)
-        self.hidden = nn.Parameter(cell.weight_hh.t().contiguous(), requires_grad=False)  # [hidden, 4 * hidden]
+            matrices[key] = _frozen(cell.weight_ih @ project.weight)  # [4 * hidden, C]
+            offsets[key] = _frozen(cell.weight_ih @ project.bias + cell.bias_ih + cell.bias_hh)
+        self.matrices = nn.ParameterList(matrices[key] for key in self.keys)  # units of a width share one
+        self.offsets = nn.ParameterList(offsets[key] for key in self.keys)
+        self.hidden = _frozen(cell.weight_hh)  # [4 * hidden, hidden]
+        self.nothing = _frozen(torch.zeros_like(cell.bias_hh))
         self.fc = gates.fc
 
     def __len__(self) -> int:
@@ -72,16 +75,16 @@ class FoldedRecurrentGates(nn.Module):
 
     def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
-        z = torch.addmm(self.offsets[index], pooled(x), self.matrices[index])  # [B, 4 * hidden]: i, f, g, o
-        if memory is not None:
-            z = torch.addmm(z, memory[0], self.hidden)
-        n = RNN_SIZE
-        sigmoid = z.sigmoid()
-        cell = sigmoid[:, :n] * z[:, 2 * n : 3 * n].tanh()
-        if memory is not None:
-            cell = torch.addcmul(cell, sigmoid[:, n : 2 * n], memory[1])
-        hidden = sigmoid[:, 3 * n :] * cell.tanh()
+        seen = pooled(x)
+        if memory is None:
+            memory = (seen.new_zeros(len(seen), RNN_SIZE),) * 2
+        weights = self.matrices[index], self.hidden, self.offsets[index], self.nothing
+        hidden, cell = torch.lstm_cell(seen, memory, *weights)
         return torch.sigmoid(F.linear(hidden, self.fc.weight, self.fc.bias).float()).flatten(), (hidden, cell)
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=False)
 
 
 # Folding batch norms -------------------------------------------------------------------------------------------------
@@ -111,6 +114,14 @@ def _fold_unit(unit: families.Unit) -> None:
         norm = after[0] if after else None
         if norm is not None and _foldable(conv, norm):
             setattr(unit.module, _child_name(unit.module, norm), _fold(conv, norm))
+
+
+def _drop_identities(unit: families.Unit) -> None:
+    """Leave out what does nothing; a dynamic network's units are run step by step, and a call takes time."""
+    idle = {id(m) for _, after in unit.kind.steps(unit.module) for m in after if type(m) is nn.Identity}
+    for name, child in list(unit.module.named_children()):
+        if id(child) in idle:
+            setattr(unit.module, name, None)
 
 
 def _fold_sequence(sequence: nn.Sequential) -> None:

@@ -126,8 +126,8 @@ def _recur(
 ) -> tuple[str, Memory]:
     """One step of the RNN gate as one LSTM operation; its last bias is taken to the other side of the comparison."""
     channels = x.sample.shape[1]
-    size = gates.hidden.shape[0]
-    inputs, hidden = _lstm_order(gates.matrices[g].t()), _lstm_order(gates.hidden.t())  # [4 * hidden, C or hidden]
+    size = gates.hidden.shape[1]
+    inputs, hidden = _lstm_order(gates.matrices[g]), _lstm_order(gates.hidden)  # [4 * hidden, C or hidden]
     offset = _lstm_order(gates.offsets[g])
     bias = np.concatenate([offset, np.zeros_like(offset)])
     seen = graph.op("Reshape", pool(graph, x.name), graph.constant((1, -1, channels), "int64"))

@@ -229,15 +229,20 @@ def _mark_stages(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         axes.text(start, height, rows[i]["stage"], transform=axes.get_xaxis_transform(), fontsize=8, color=INK)
 
 
-def svg(figure: Any, name: str, caption: str) -> str:
-    """A figure as inline SVG; the same figure always gives the same text."""
+def drawn(figure: Any, name: str) -> str:
+    """A figure as the text of an SVG file; the same figure always gives the same text."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Any, name: str, caption: str) -> str:
+    """A figure as inline SVG."""
     # Figures share a page: their ids must not meet.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", buffer.getvalue())
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", drawn(figure, name))
     start, end = text.index("<svg"), text.index(">", text.index("<svg")) + 1
     label = html.escape(caption, quote=True)
     opening = f'{text[start : end - 1]} role="img" aria-label="{label}">\n<title>{label}</title>'

@@ -7,7 +7,7 @@ unit's hidden channels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,44 @@ def run_masked(unit: Unit, x: Tensor, keep: Tensor | None, keeps: Keeps | None) 
     gate = keep.to(y.dtype)[:, None, None, None]
     if unit.kind.grows:  # rests at zeros
         return gate * y
-    return gate * y + (1 - gate) * rest(unit, short)
+    return _mix(rest(unit, short), y, gate, unit.module.training)
+
+
+def _mix(rested: Tensor, y: Tensor, gate: Tensor, training: bool) -> Tensor:
+    """`gate * y + (1 - gate) * rested`, exact for gates of 0 and 1. [B, C, H, W] twice, gate: [B, 1, 1, 1]."""
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(y) is not Tensor
+    if training and torch.is_grad_enabled() and not followed:
+        return _Mix.apply(rested, y, gate)
+    return torch.lerp(rested, y, gate)
+
+
+class _Mix(torch.autograd.Function):
+    """`torch.lerp` with a gradient in fewer passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, rested: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """See `_mix`."""
+        ctx.all_run = y.device.type == "cpu" and bool((gate == 1).all())  # on a GPU one would have to wait for this
+        ctx.save_for_backward(*((rested, y, gate) if gate.requires_grad else (None, None, gate)))
+        return y.view_as(y) if ctx.all_run else torch.lerp(rested, y, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """grad: [B, C, H, W] -> gradients of what `forward` was given."""
+        rested, y, gate = ctx.saved_tensors
+        by_gate = _dots(grad, y - rested) if ctx.needs_input_grad[2] else None
+        if ctx.all_run:
+            return None, grad, by_gate
+        return grad * (1 - gate), grad * gate, by_gate
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """The product of each image of `a` with that of `b`: [B, C, H, W] twice -> [B, 1, 1, 1]."""
+    if a.dtype == torch.float32:
+        return (a * b).sum((1, 2, 3), keepdim=True)
+    a, b = (t.permute(0, 2, 3, 1).flatten(1) for t in (a, b))
+    return torch.bmm(a[:, None], b[:, :, None])[..., None]
 
 
 def run_skipping(
@@ -92,6 +129,7 @@ def run_skipping(
     choose: Callable[[Tensor, Tensor | None], Keeps | None],
     reuse: bool = False,
     slices: Slices | None = None,
+    sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> Tensor:
     """Only what is kept, for the images that keep it.
 
@@ -100,47 +138,90 @@ def run_skipping(
         x: [B, C, H, W].
         keep: bool [B]; None where the unit is not gated.
         choose: given the inputs of the images that run and their places in `x` (None for all), says which channels
-            they keep: bool [B', channels] for each hidden width, or None for all. Not called if no image runs.
+            they keep: bool [B', groups] for each hidden width, or None for all. Not called if no image runs.
         reuse: results may be put into `x` itself, because nobody else reads it.
         slices: remembers sliced weights, where these never change.
+        sizes: for each hidden width, how many channels each group holds; None for one.
     """
-    short = shortcut(unit, x)
     places = None if keep is None else _places(keep)
     if places is None:
-        return close(unit, _sliced_branch(unit, x, choose(x, None), slices), short)
+        y = _sliced_branch(unit, x, choose(x, None), sizes, slices)
+        return close(unit, y, shortcut(unit, x))
     if len(places) == 0:
-        return rest(unit, short)
-    picked = x[places]
-    y = _sliced_branch(unit, picked, choose(picked, places), slices)
-    y = close(unit, y, short if unit.kind.grows else short[places])
+        return rest(unit, shortcut(unit, x))
+    picked = gathered(x, places)
+    y = _sliced_branch(unit, picked, choose(picked, places), sizes, slices)
+    short = shortcut(unit, x)
+    del picked
+    if short is x and not unit.kind.grows and _by_image(y, x) and rests_unchanged(unit.kind.act(unit.module)):
+        return _add_by_image(unit, x if reuse else x.clone(), places, y)
+    if not unit.kind.grows:
+        y = close(unit, y, gathered(short, places))
     out = rest(unit, short)
     if out.requires_grad or (out is x and not reuse):
         out = out.clone()
-    out[places] = y
+    return _put(out, places, y)
+
+
+def gathered(x: Tensor, places: Tensor) -> Tensor:
+    """Some images, in the layout that they had. x: [B, C, H, W] -> [B', C, H, W]."""
+    if layout_of(x) == torch.contiguous_format:
+        return x.index_select(0, places)
+    return x.permute(0, 2, 3, 1).index_select(0, places).permute(0, 3, 1, 2)
+
+
+def _by_image(*tensors: Tensor) -> bool:
+    """Whether images are best written one by one: they are on a CPU, and no gradient is to flow."""
+    return all(t.device.type == "cpu" and not t.requires_grad for t in tensors)
+
+
+def _put(out: Tensor, places: Tensor, y: Tensor) -> Tensor:
+    """Write the images of `y` to their places in `out`: [B', C, H, W] -> [B, C, H, W]."""
+    if not _by_image(out, y):
+        out[places] = y
+        return out
+    for i, image in zip(places.tolist(), y.unbind(0), strict=True):
+        out[i].copy_(image)
+    return out
+
+
+def _add_by_image(unit: Unit, out: Tensor, places: Tensor, y: Tensor) -> Tensor:
+    """`close` on the images at `places`, in place: [B', C, H, W] -> [B, C, H, W]."""
+    relu = isinstance(unit.kind.act(unit.module), nn.ReLU)
+    for i, image in zip(places.tolist(), y.unbind(0), strict=True):
+        row = out[i].add_(image)
+        if relu:
+            row.relu_()
     return out
 
 
 def _places(keep: Tensor) -> Tensor | None:
     """Where `keep` [B] holds; None for everywhere."""
+    if len(keep) == 1:  # most often asked, and quickest so
+        return None if bool(keep) else keep.new_empty(0)
     places = keep.nonzero().flatten()
     return None if len(places) == len(keep) else places
 
 
-def _sliced_branch(unit: Unit, x: Tensor, keeps: Keeps | None, slices: Slices | None) -> Tensor:
+def _sliced_branch(
+    unit: Unit, x: Tensor, keeps: Keeps | None, sizes: Sequence[tuple[int, ...]] | None, slices: Slices | None
+) -> Tensor:
     """The branch of each image with its own channels only: one run for each distinct pattern."""
-    if keeps is None or all(bool(k.all()) for k in keeps):
+    if keeps is None:
         return branch(unit, x)
     if len(x) == 1:
-        return _branch_slice(unit, x, [k[0].nonzero().flatten() for k in keeps], slices)
+        return _branch_slice(unit, x, [tuple(k[0].tolist()) for k in keeps], sizes, slices)
+    if all(bool(k.all()) for k in keeps):
+        return branch(unit, x)
     patterns, which = torch.cat(list(keeps), 1).unique(dim=0, return_inverse=True)
     out: Tensor | None = None
     for i, pattern in enumerate(patterns):
         places = (which == i).nonzero().flatten()
-        kept = [part.nonzero().flatten() for part in pattern.split([k.shape[1] for k in keeps])]
-        y = _branch_slice(unit, x[places], kept, slices)
+        kept = [tuple(part.tolist()) for part in pattern.split([k.shape[1] for k in keeps])]
+        y = _branch_slice(unit, gathered(x, places), kept, sizes, slices)
         if out is None:
             out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=layout_of(y))
-        out[places] = y
+        out = _put(out, places, y)
     assert out is not None
     return out
 
@@ -156,38 +237,68 @@ def _zeros(like: Tensor, channels: int, shape: Sequence[int], layout: torch.memo
     return out.zero_()
 
 
-def _branch_slice(unit: Unit, x: Tensor, kept: Sequence[Tensor], slices: Slices | None) -> Tensor:
-    """The branch with the hidden channels in `kept` only (one index tensor for each hidden width)."""
+class _Kept(NamedTuple):
+    """What is kept of a hidden width: group by group, and the channels' places."""
+
+    groups: tuple[bool, ...]
+    channels: Tensor
+
+
+def _branch_slice(
+    unit: Unit,
+    x: Tensor,
+    patterns: Sequence[tuple[bool, ...]],
+    sizes: Sequence[tuple[int, ...]] | None,
+    slices: Slices | None,
+) -> Tensor:
+    """The branch with some of the hidden channels only (a pattern of groups for each hidden width)."""
+    if all(map(all, patterns)):
+        return branch(unit, x)
     for module in unit.kind.before(unit.module):
         if module is not None:
             x = module(x)
-    source: Tensor | None = None
-    steps = unit.kind.steps(unit.module)
-    for i, (conv, after) in enumerate(steps):
-        target = kept[i] if i < len(kept) else None
+    source: _Kept | None = None
+    for i, (conv, after) in enumerate(unit.kind.steps(unit.module)):
+        target = None
+        if i < len(patterns):
+            target = _kept(patterns[i], None if sizes is None else sizes[i], x.device, slices)
         x = _conv_slice(conv, x, source, target, f"{unit.name}.{i}", slices)
         for module in after:
             if module is not None:
-                x = module(x) if target is None else run_slice(module, x, target)
+                x = module(x) if target is None else run_slice(module, x, target.channels)
         source = target
     return x
 
 
+def _kept(groups: tuple[bool, ...], sizes: tuple[int, ...] | None, device: Any, slices: Slices | None) -> _Kept:
+    """The channels of the groups that are kept."""
+    key = ("index", groups, sizes, device)
+    if slices is not None and key in slices:
+        return _Kept(groups, slices[key][0])
+    wide = torch.tensor(groups).repeat_interleave(torch.tensor(sizes or (1,) * len(groups)))
+    index = wide.nonzero().flatten().to(device)
+    if slices is not None:
+        slices[key] = index, None
+    return _Kept(groups, index)
+
+
 def _conv_slice(
-    conv: nn.Conv2d, x: Tensor, source: Tensor | None, target: Tensor | None, name: str, slices: Slices | None
+    conv: nn.Conv2d, x: Tensor, source: _Kept | None, target: _Kept | None, name: str, slices: Slices | None
 ) -> Tensor:
     """A convolution from input channels `source` to output channels `target` (None: all). x: [B, source, H, W]."""
+    into, out_of = (None if kept is None else kept.channels for kept in (source, target))
     if conv.groups > 1 and (source is not None or target is not None):
-        return _grouped_slice(conv, x, source, target)
+        return _grouped_slice(conv, x, into, out_of)
     if slices is None:
-        weight, bias = _weight_slice(conv, source, target)
+        weight, bias = _weight_slice(conv, into, out_of)
     else:
         state = (name, conv.weight._version, conv.weight.dtype, conv.weight.device)
-        key = (*state, *(None if index is None else tuple(index.tolist()) for index in (source, target)))
+        key = (*state, *(None if kept is None else kept.groups for kept in (source, target)))
         if key not in slices:
             if len(slices) >= MOST_SLICES:
                 slices.clear()
-            slices[key] = _weight_slice(conv, source, target)
+            weight, bias = _weight_slice(conv, into, out_of)
+            slices[key] = weight.contiguous(memory_format=layout_of(conv.weight)), bias
         weight, bias = slices[key]
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         return _constant(conv, x, weight.shape[0], bias)

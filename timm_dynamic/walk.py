@@ -1,5 +1,6 @@
 """The walk through a dynamic network, unit by unit: what the gates say, what is run, what it costs."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,6 +164,7 @@ class Walk:
         self.next = 0  # the unit to come
         if model.dynamic.origin is not None:
             x = x.contiguous(memory_format=torch.channels_last)
+        self.tapped: Any  # until the first unit runs
         self.tapped, self.x = self.family.stem(model, x)
 
     def _open_account(self, table: costs.CostTable) -> Account:
@@ -186,6 +188,7 @@ class Walk:
     def to_unit(self, index: int) -> None:
         """Run the units up to `index`, that one included."""
         while self.next <= index:
+            self.tapped = None  # who wants it has it by now
             self._run(self.next, self.units[self.next])
             self.next += 1
 
@@ -208,7 +211,7 @@ class Walk:
             return
         stay = (~leaving).nonzero().flatten()
         self.rows = stay if self.rows is None else self.rows[stay]
-        self.x = self.x[stay]
+        self.x = units.gathered(self.x, stay)
         if self.memory is not None:
             self.memory = (self.memory[0][stay], self.memory[1][stay])
         for account in self.accounts:
@@ -261,7 +264,7 @@ class Walk:
         sampled = self.model.training and self.model.dynamic.gating == "sample"  # sampling is for layer gates
         keeps = [straight_through(p) if sampled else self._choose(p, self.channel_levels, g) for p in probs]
         if self.forced is not None and self.forced.channel_keep is not None:
-            first = sum(len(sizes) for sizes in self.channel_gates.sizes[:g])
+            first = self.forced.starts[g]
             for k, prob in enumerate(probs):
                 wanted = self.mine(self.forced.channel_keep[first + k])
                 wanted = wanted if places is None else wanted[places]
@@ -305,18 +308,29 @@ class Walk:
             chosen = keeps
             if places is not None and self.accounts:
                 chosen = [spread(k, places, self.images()) for k in keeps]
-            return self._widened(g, keeps)
+            return keeps
 
+        sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
         reuse = not (self.shared or self.x.requires_grad)
-        y = units.run_skipping(unit, self.x, keep, choose, reuse=reuse, slices=self.model.dynamic.slices)
-        if g >= 0 and self.channel_gates is not None and chosen is None:  # no image ran
-            sizes = self.channel_gates.sizes[g]
+        y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)
+        if sizes is not None and chosen is None:  # no image ran
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
-        for account in self.accounts:
-            account.charge(account.table.units[i].price(keep, chosen))
+        if self.accounts:
+            self._charge(i, keep, chosen)
         if self.log is not None and chosen is not None:
             self.log.channel_keep += [spread(k, self.rows, self.log.batch) for k in chosen]
         self.x = units.join(unit, self.x, y)
+
+    def _charge(self, i: int, keep: Tensor | None, chosen: list[Tensor] | None) -> None:
+        """Charge unit `i` to the images that are here; to a single one on a CPU in plain numbers."""
+        if self.images() != 1 or self.x.device.type != "cpu":
+            for account in self.accounts:
+                account.charge(account.table.units[i].price(keep, chosen))
+            return
+        runs = keep is None or bool(keep)
+        groups = None if chosen is None else [k[0].tolist() for k in chosen]
+        for account in self.accounts:
+            account.charge(account.table.units[i].price_one(runs, groups))
 
     def _widened(self, g: int, keeps: list[Tensor]) -> list[Tensor]:
         assert self.channel_gates is not None
@@ -331,6 +345,7 @@ class _Resolved:
     layer_keep: Tensor | None  # bool [B, units]
     channel_keep: list[Tensor] | None  # bool [B, groups] for each gated hidden width
     exit: Tensor | None  # [B]
+    starts: list[int]  # for each unit, how many gated hidden widths come before it
 
 
 def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
@@ -353,7 +368,8 @@ def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
         if leave.dim() and len(leave) != batch:
             raise ValueError(f"force(exit=) needs one value or one for each of {batch} images; found {len(leave)}")
         leave = leave.expand(batch)
-    return _Resolved(layer, channel, leave)
+    sizes = walk.channel_gates.sizes if walk.channel_gates is not None else ()
+    return _Resolved(layer, channel, leave, [0, *itertools.accumulate(map(len, sizes))])
 
 
 def _keeps(what: str, given: float | Tensor, batch: int, columns: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..configs import LAYER_GATE_KINDS
+from ..configs import CHANNEL_GATE_MODES, LAYER_GATE_KINDS
 from ..version import __version__
 from . import tables
 from .errors import BadInput, CommandError
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 GateKind = StrEnum("GateKind", LAYER_GATE_KINDS)  # type: ignore[misc]
+ChannelMode = StrEnum("ChannelMode", CHANNEL_GATE_MODES)  # type: ignore[misc]
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="A registered name (timm's own too), local-dir:FOLDER or hf-hub:ORG/NAME.")
 ]
@@ -210,6 +211,79 @@ def evaluate(
         loader = _progress(images.batches(folder, batch_size, workers), count, "evaluating")
         row = {"name": name, "data": str(root), **rows.evaluate_row(model, loader, prepare.input_size, place)}
         _print_json(row) if as_json else tables.print_evaluation(row)
+
+
+@app.command(epilog=EXIT_CODES)
+def benchmark(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Dynamic networks.", show_default=False)],
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Images in a call; may be given again. Default: 1 and 8; training: 128.")
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the gated layers that run; may be given again. Default: 1, 0.75, 0.5."),
+    ] = None,
+    channel_keep: Annotated[float, typer.Option(help="Share of the channel groups that are kept.")] = 1.0,
+    exit: Annotated[int | None, typer.Option(help="All images leave at this exit; 0 is the first.")] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="dense, masked, skipping, optimised (these by default), compile or onnx (batch 1)."),
+    ] = None,
+    input_size: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
+    ] = None,
+    layer_gates: Annotated[GateKind | None, typer.Option(help="Layer gates in the place of the network's own.")] = None,
+    channel_mode: Annotated[
+        ChannelMode | None, typer.Option(help="Channel gates in the place of the network's own.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Time training steps instead: base, SP and HRL.")] = False,
+    rounds: Annotated[int, typer.Option(help="Timed turns of each engine.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's own choice.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32; training: the faster.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    as_json: Json = False,
+    figure: Annotated[Path | None, typer.Option(help="SVG file to draw time over MACs into.")] = None,
+) -> None:
+    """Time dynamic networks beside dense ones: is skipped work skipped time?
+
+    Decisions are drawn once and forced, the same for all engines; weights are random. Engines take turns in an order
+    that changes. Exit code 1 if an engine does not give what the plain network gives.
+    """
+    with one_line_errors():
+        from . import benchmark as bench
+
+        kind, mode = (option.value if option else None for option in (layer_gates, channel_mode))
+        config = bench.settings(
+            batch_sizes=batch_size or ([128] if train else None),
+            keeps=keep,
+            channel_keep=channel_keep,
+            exit=exit,
+            engines=engine,
+            input_size=input_size,
+            rounds=rounds,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+        )
+        models = {name: bench.network(name, kind, mode) for name in names}
+
+        def watch(turns: Any) -> Iterable[int]:
+            return _progress(turns, len(turns), "timing")
+
+        if train:
+            found = bench.run_training(models, config, keep or (), dtype, watch)
+        else:
+            found = bench.run(models, config, watch)
+        if as_json:
+            _print_json([{"name": name, **row.to_dict()} for name, rows in found.items() for row in rows])
+        else:
+            bench.show(found, config)
+        if figure is not None:
+            bench.draw(found, figure)
+        bench.check(found)
 
 
 @app.command(epilog=EXIT_CODES)

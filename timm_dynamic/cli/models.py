@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from timm.models import parse_model_name
 from torch import nn
 
-from .. import add_layer_gates, set_budget
+from .. import add_channel_gates, add_layer_gates, set_budget
 from ..hub import HubError, hub_errors
 from ..registry import METHODS
 from ..safety import CONFIG, WEIGHTS
 from .errors import BadInput, Failed, bad_input, one_line
 
+ADD = {"layer_gates": add_layer_gates, "channel_gates": add_channel_gates}
 # what wrong files can lead to
 DAMAGE = (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, SafetensorError)
 
@@ -32,27 +33,32 @@ def split_name(name: str) -> tuple[str | None, str]:
     return (method, base) if method in METHODS and timm.is_model(base) else (None, name)
 
 
-def load(name: str, *, pretrained: bool, layer_gates: str | None = None) -> nn.Module:
+def load(
+    name: str, *, pretrained: bool, layer_gates: str | None = None, channel_gates: dict[str, Any] | None = None
+) -> nn.Module:
     """A model in eval mode.
 
     Args:
         name: a registered name, with or without a tag, `local-dir:FOLDER` or `hf-hub:ORG/NAME`.
         pretrained: whether to load its trained weights; without, they are random.
         layer_gates: kind of layer gates that it is to have in the place of its own.
+        channel_gates: config of channel gates likewise.
 
     Raises:
         BadInput: if there is no such model, it has no weights, or its files are damaged.
         Failed: if the Hub cannot be reached.
     """
-    return _load(name, pretrained=pretrained, layer_gates=layer_gates, shapes_only=False)
+    parts = {"layer_gates": layer_gates, "channel_gates": channel_gates}
+    return _load(name, pretrained=pretrained, parts=parts, shapes_only=False)
 
 
 def load_shapes(name: str, *, layer_gates: str | None = None) -> nn.Module:
     """A model without any weights, for what can be told from its shapes; as `load` else."""
-    return _load(name, pretrained=False, layer_gates=layer_gates, shapes_only=True)
+    return _load(name, pretrained=False, parts={"layer_gates": layer_gates}, shapes_only=True)
 
 
-def _load(name: str, *, pretrained: bool, layer_gates: str | None, shapes_only: bool) -> nn.Module:
+def _load(name: str, *, pretrained: bool, parts: dict[str, Any], shapes_only: bool) -> nn.Module:
+    wanted = {part: config for part, config in parts.items() if config is not None}
     with bad_input():
         source, place = parse_model_name(name)
     if source is None:
@@ -62,11 +68,12 @@ def _load(name: str, *, pretrained: bool, layer_gates: str | None, shapes_only: 
     meta = shapes_only and source is None  # a saved model's budget is checked while it is made, which needs values
     with torch.device("meta") if meta else nullcontext():
         model = _create(name, pretrained)
-        if layer_gates is not None and hasattr(model, "layer_gates"):
-            model = _create(name, pretrained, layer_gates=layer_gates)
-        elif layer_gates is not None:
+        instead = {part: config for part, config in wanted.items() if hasattr(model, part)}
+        if instead:
+            model = _create(name, pretrained, **instead)
+        for part in wanted.keys() - instead.keys():
             with bad_input():
-                add_layer_gates(model, layer_gates)
+                ADD[part](model, wanted[part])
     return model.eval()
 
 
