@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -329,11 +330,7 @@ class ReinforceTask(DynamicTask):
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
         greedy = self._greedy(x) if self.baseline == "greedy" else None
-        set_gating(self.model, "sample", self.temperature)
-        try:
-            decisions = decide(self.model, x)
-        finally:
-            set_gating(self.model, "hard")
+        decisions = self._sampled(x)
         counted = self.model.dynamic.priced is None  # type: ignore[union-attr]
         share = losses.cost_share((greedy if greedy and counted else decisions).cost, self.dense_cost)
         weight = self._cost_weight(_mean_over_processes(share.detach()))
@@ -344,8 +341,9 @@ class ReinforceTask(DynamicTask):
         loss = loss - self.entropy * losses.gate_entropy(prob)
         if self.information:
             loss = loss - self.information * losses.unit_information(decisions.layer_prob)
-        # without supervision the classifier still takes part, with a gradient of zero: processes wait for all gradients
-        loss = loss + (self._classify(decisions, x, y) if self.supervised else 0 * decisions.logits.sum())
+        if self.supervised:
+            loss = loss + self._classify(decisions, x, y)
+        loss = loss + self._all_parameters()
         return {"loss": loss, "paid": paid.mean(), **self._metrics(decisions, y, share, weight)}
 
     def _paid(self, decisions: Decisions, y: Tensor, weight: Tensor) -> Tensor:
@@ -365,16 +363,48 @@ class ReinforceTask(DynamicTask):
             paid = paid - before
         return paid / paid.std().clamp_min(1e-6) if self.normalise else paid
 
-    @torch.no_grad()
-    def _greedy(self, x: Tensor) -> Decisions:
-        """What the network does when it does not sample: as in inference, leaving work out, where statistics stand."""
-        if not self.still:
-            return decide(self.model, x)
-        self.eval()
-        before = self.model.dynamic.execution  # type: ignore[union-attr]
-        set_execution(self.model, "skip")
+    def _sampled(self, x: Tensor) -> Decisions:
+        """What the network does when it samples.
+
+        Where batch norms stand still, eval computes what training does, and units that are not drawn can be left out,
+        in the backward pass as well.
+        """
+        dynamic: Any = self.model.dynamic
+        parts = any(hasattr(self.model, part) for part in ("channel_gates", "exits"))
+        if self.still and not parts and dynamic.priced is None:
+            with self._leaving_work_out():
+                dynamic.drawing, dynamic.temperature = True, self.temperature
+                try:
+                    return decide(self.model, x)
+                finally:
+                    dynamic.drawing = False
+        set_gating(self.model, "sample", self.temperature)
         try:
             return decide(self.model, x)
         finally:
+            set_gating(self.model, "hard")
+
+    @torch.no_grad()
+    def _greedy(self, x: Tensor) -> Decisions:
+        """What the network does when it does not sample; leaving work out, where batch norms stand still."""
+        if not self.still:
+            return decide(self.model, x)
+        with self._leaving_work_out():
+            return decide(self.model, x)
+
+    @contextmanager
+    def _leaving_work_out(self) -> Iterator[None]:
+        """Eval mode and skipping execution for a while."""
+        training, before = self.training, self.model.dynamic.execution  # type: ignore[union-attr]
+        self.eval()
+        set_execution(self.model, "skip")
+        try:
+            yield
+        finally:
             set_execution(self.model, before)  # type: ignore[arg-type]
-            self.train()
+            self.train(training)
+
+    def _all_parameters(self) -> Tensor:
+        """Zero, with a gradient of zero for every parameter: the optimiser, and other processes,
+        meet all of them, those that took no part too."""
+        return 0 * torch.stack([p.sum().float() for p in self.model.parameters() if p.requires_grad]).sum()

@@ -34,6 +34,7 @@ class Dynamic:
     forced: Forced | None = None
     gating: str = "hard"  # how gates decide in training: see set_gating
     temperature: float = 1.0  # of sampled decisions
+    drawing: bool = False  # whether layer gates sample in eval too: training that leaves work out
     priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
     slices: units.Slices | None = None  # of an optimised copy: sliced weights of patterns met before
     origin: Any = None  # of an optimised copy: the model it was made from, on the meta device
@@ -249,6 +250,8 @@ class Walk:
     def _choose(self, prob: Tensor, levels: Any, g: int) -> Tensor:
         """A decision from probabilities: bool in eval; in training a float by the model's gating."""
         if not self.model.training:
+            if self.model.dynamic.drawing:
+                return torch.bernoulli(sharpened(prob.detach(), self.model.dynamic.temperature)).bool()
             return prob >= levels[g]
         gating = self.model.dynamic.gating
         if gating == "soft":
