@@ -116,14 +116,16 @@ def test_a_cost_is_met_without_labels() -> None:
     del model.exits
     known, other = [x for x, _ in _images(256, 1)], _images(256, 2)
     for wanted in (0.4, 0.6, 0.8):
-        met = meet_cost(model, known, wanted)
+        met = meet_cost(model, known, wanted, reach=1.0)
         assert abs(met - wanted) < 0.01
         with torch.no_grad():
             assert abs(_share(model, other) - wanted) < 0.02
     before = model.layer_gates.threshold.clone()
     assert meet_cost(model, known, met) == met
     assert torch.equal(model.layer_gates.threshold, before), "no other threshold was nearer"
-    assert 0.98 < meet_cost(model, known, 5.0) < 1.02
+    assert meet_cost(model, known, met + 0.1) == met, "too far: nothing is moved"
+    assert torch.equal(model.layer_gates.threshold, before)
+    assert 0.98 < meet_cost(model, known, 5.0, reach=5.0) < 1.02
     with pytest.raises(ValueError, match="0 kinds of gates"):
         meet_cost(timm.create_model("ddi_resnet20_cifar", layer_gates=False, channel_gates=False), known, 0.5)
     with pytest.raises(ValueError, match="0 batches"):

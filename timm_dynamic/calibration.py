@@ -86,16 +86,17 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
 
 
 @torch.no_grad()
-def meet_cost(model: Any, images: Iterable[Tensor], fraction: float) -> float:
+def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: float = 0.06) -> float:
     """Move one threshold for all gates until the mean cost of going to the head is as near to a target as it gets.
 
     Unlike `calibrate` it needs no labels and looks at no accuracy: it makes good what a trained network's cost is
-    beside the one that it was trained for.
+    beside the one that it was trained for. Where that is far, nothing is moved: the network would not bear it.
 
     Args:
         model: a trained dynamic model with gates, in any mode.
         images: batches [B, C, H, W].
         fraction: the wanted mean MACs as a share of the stock model's.
+        reach: how far the cost may be from that for thresholds to be moved.
 
     Returns:
         The mean share that is met. The thresholds are left as they were if no other one is nearer to the target.
@@ -111,7 +112,7 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float) -> float:
     with _kept(model):
         tried: dict[float | None, float] = {None: _mean_share(model, batches)}
         low, high = 0.0, 1.0
-        for _ in range(HALVINGS + 2):
+        for _ in range(HALVINGS + 2 if abs(tried[None] - fraction) <= reach else 0):
             middle = (low + high) / 2
             _set(model, middle, None)
             tried[middle] = _mean_share(model, batches)

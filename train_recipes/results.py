@@ -207,7 +207,11 @@ def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, setting
     if not steered or not gated or settings.max_steps:
         return
     found = meet_cost(model, plain_images(data, COUNTED_IMAGES), settings.target or 1.0)
-    accelerator.print(f"{100 * found:.1f} % of the dense MACs on training images, wanted {100 * settings.target:.1f} %")  # type: ignore[operator]
+    wanted = settings.target or 1.0
+    missed = (
+        ": missed; train longer, or with faster gates (--stage STAGE.gate_lr)" if abs(found - wanted) > 0.02 else ""
+    )
+    accelerator.print(f"{100 * found:.1f} % of the dense MACs on training images, wanted {100 * wanted:.1f} %{missed}")
 
 
 def summarise(
