@@ -90,13 +90,14 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: floa
     """Move one threshold for all gates until the mean cost of going to the head is as near to a target as it gets.
 
     Unlike `calibrate` it needs no labels and looks at no accuracy: it makes good what a trained network's cost is
-    beside the one that it was trained for. Where that is far, nothing is moved: the network would not bear it.
+    beside the one that it was trained for. A network that costs far more than that is left alone: units that it was
+    trained to run can be shut here and there, not by the dozen.
 
     Args:
         model: a trained dynamic model with gates, in any mode.
         images: batches [B, C, H, W].
         fraction: the wanted mean MACs as a share of the stock model's.
-        reach: how far the cost may be from that for thresholds to be moved.
+        reach: how far the cost may be above that for thresholds to be moved.
 
     Returns:
         The mean share that is met. The thresholds are left as they were if no other one is nearer to the target.
@@ -112,7 +113,7 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: floa
     with _kept(model):
         tried: dict[float | None, float] = {None: _mean_share(model, batches)}
         low, high = 0.0, 1.0
-        for _ in range(HALVINGS + 2 if abs(tried[None] - fraction) <= reach else 0):
+        for _ in range(HALVINGS + 2 if tried[None] - fraction <= reach else 0):
             middle = (low + high) / 2
             _set(model, middle, None)
             tried[middle] = _mean_share(model, batches)
