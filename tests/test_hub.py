@@ -573,8 +573,9 @@ def test_a_twin_has_the_weights_of_its_base(server: FakeHub, online: Client, hom
     server.repos["timm/resnet10t.c3_in1k"].commit(files_of(tmp_path / "base"), "main")
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for name in ("skipnet_resnet10t", "iadi_resnet10t.c3_in1k", "ddi_resnet10t"):
-        logits, log, _ = online(pull_twin, name)
-        assert torch.equal(logits, stock(x))
+        logits, log, weight = online(pull_twin, name)
+        assert torch.equal(weight, stock.conv1[0].weight)
+        torch.testing.assert_close(logits, stock(x))  # another process may have another number of threads
         assert "weights of resnet10t: its gates are open and not trained yet" in log
     cache = tmp_path / "cache"
     logits, _, weight = online(pull_twin, "ddi_resnet10t", num_classes=10, in_chans=1, cache_dir=cache)
@@ -583,7 +584,7 @@ def test_a_twin_has_the_weights_of_its_base(server: FakeHub, online: Client, hom
     assert list(cache.glob("models--timm--resnet10t.c3_in1k/snapshots/*/model.safetensors"))
     pool, offline = start("http://127.0.0.1:9", home, offline=True)
     with pool:
-        assert torch.equal(offline(pull_twin, "iadi_resnet10t")[0], stock(x))
+        torch.testing.assert_close(offline(pull_twin, "iadi_resnet10t")[0], stock(x))
         with pytest.raises(hub.HubError, match="is not in the cache"):
             offline(pull_twin, "iadi_resnet10t", cache_dir=tmp_path / "empty")
 

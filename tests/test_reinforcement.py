@@ -161,6 +161,17 @@ def test_batch_norms_stand_still_and_the_greedy_run_leaves_work_out() -> None:
     assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
 
 
+@pytest.mark.parametrize("gate", ["ff1", "rnn"])
+def test_gates_learn_while_the_trunk_is_frozen(gate: str) -> None:
+    """What a gate has seen is not written over before its gradient is taken."""
+    model = network(gate)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("layer_gates"))
+    task(model)(*batch(6))["loss"].backward()
+    gradients = [p.grad for p in model.layer_gates.parameters()]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in gradients)
+
+
 def test_alone_it_trains_no_classifier() -> None:
     model = network()
     task(model, supervised=False)(*batch(4))["loss"].backward()

@@ -314,7 +314,7 @@ class Walk:
             return keeps
 
         sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
-        reuse = not (self.shared or self.x.requires_grad)
+        reuse = not (self.shared or self.x.requires_grad or self.model.dynamic.drawing)  # a gate may need x again
         y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)
         if sizes is not None and chosen is None:  # no image ran
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
