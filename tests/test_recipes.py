@@ -545,6 +545,26 @@ def test_a_config_says_how_it_is_run_and_is_understood(
         assert any(words in shown for words in missing), "everything but the images was there"
 
 
+def test_training_for_milliseconds_and_millijoules(tmp_path: Path) -> None:
+    """The table of a run is measured once; what a resumed run counts by is what was written."""
+    output = tmp_path / "ms"
+    with pytest.raises(Killed):
+        run(output, stop_after=9, cost="latency_ms")
+    tables = {path.name: path.read_bytes() for path in output.glob("latency-*.json")}
+    assert tables
+    run(output, resume=True, cost="latency_ms")
+    assert all((output / name).read_bytes() == content for name, content in tables.items())
+    energy = tmp_path / "energy.json"
+    energy.write_text(json.dumps({"pj_per_mac": 1.0, "pj_per_byte": 1e-9}))
+    run(tmp_path / "mj", cost="energy_mj", energy=energy, stages=skipnet.METHODS["sp"], recipe="skipnet")
+    run(tmp_path / "macs", stages=skipnet.METHODS["sp"], recipe="skipnet")
+    shares = [RunFolder(tmp_path / name).rows()[-1]["train"]["macs_share"] for name in ("mj", "macs")]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3), "where bytes cost nothing, energy is MACs"
+    energy.write_text(json.dumps({"parts": {"stem": 1.0}}))
+    with pytest.raises(RunError, match=r"--cost energy_mj: .*missing: "):
+        run(tmp_path / "odd", cost="energy_mj", energy=energy)
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """Gloo on the CPU: each its share of a batch, counts over an odd validation set, one folder."""
     output = tmp_path / "run"

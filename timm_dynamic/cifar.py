@@ -43,16 +43,9 @@ class CifarResNet(ResNet):
         num_classes: int = 10,
         in_chans: int = 3,
         output_stride: int = 4,
-        global_pool: str = "avg",
-        act_layer: Any = nn.ReLU,
-        norm_layer: Any = nn.BatchNorm2d,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_block_rate: float = 0.0,
-        zero_init_last: bool = True,
-        block_args: dict[str, Any] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
         """Build the network.
 
@@ -61,16 +54,9 @@ class CifarResNet(ResNet):
             num_classes: Number of classes; 0 leaves the classifier out.
             in_chans: Number of input channels.
             output_stride: 4, or 2 to dilate the last stage instead of striding it; more than 4 means 4.
-            global_pool: Type of the global pooling, as in timm.
-            act_layer: Activation, a name or a class.
-            norm_layer: Normalisation, a name or a class.
-            drop_rate: Dropout before the classifier.
-            drop_path_rate: Stochastic depth rate of the last block, growing linearly from zero.
-            drop_block_rate: DropBlock rate of the last stage.
-            zero_init_last: Start the last norm weight of every block at zero.
-            block_args: Further arguments of timm's BasicBlock.
             device: Device of the parameters.
             dtype: Type of the parameters.
+            **kwargs: Further arguments of timm's ResNet but its stem, block and widths.
         """
         if output_stride not in _OUTPUT_STRIDES:
             raise ValueError(f"output_stride must be 2 or 4 for a CIFAR ResNet, found {output_stride!r}")
@@ -80,20 +66,13 @@ class CifarResNet(ResNet):
             num_classes=num_classes,
             in_chans=in_chans,
             output_stride=_OUTPUT_STRIDES[output_stride],
-            global_pool=global_pool,
             # A deep stem is the one whose width is free; its convolutions are replaced below.
             stem_type="deep",
             stem_width=WIDTHS[0] // 2,
             channels=WIDTHS,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            drop_block_rate=drop_block_rate,
-            zero_init_last=zero_init_last,
-            block_args=block_args,
             device=device,
             dtype=dtype,
+            **kwargs,
         )
         stem = _stem_conv(in_chans, WIDTHS[0], device, dtype)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")

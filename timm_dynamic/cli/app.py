@@ -34,6 +34,10 @@ Name = Annotated[
     str, typer.Argument(metavar="NAME", help="A registered name (timm's own too), local-dir:FOLDER or hf-hub:ORG/NAME.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+InputSize = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
+]
 Weights = Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Trained weights, or random ones.")]
 Fraction = Annotated[
     float | None, typer.Option("--budget-fraction", help="Hard budget: share of the dense network's MACs.")
@@ -114,10 +118,7 @@ def list_networks(
 @app.command(epilog=EXIT_CODES)
 def profile(
     name: Name,
-    input_size: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
-    ] = None,
+    input_size: InputSize = None,
     layer_gates: Annotated[
         GateKind | None, typer.Option(help="Layer gates in the place of the network's own, or new ones.")
     ] = None,
@@ -213,36 +214,40 @@ def evaluate(
         _print_json(row) if as_json else tables.print_evaluation(row)
 
 
+# What `benchmark` takes
+Several = Annotated[
+    list[int] | None, typer.Option(help="Images in a call; may be given again. Default: 1 and 8; training: 128.")
+]
+Keeps = Annotated[
+    list[float] | None,
+    typer.Option(help="Share of the gated layers that run; may be given again. Default: 1, 0.75, 0.5."),
+]
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(help="dense, masked, skipping, optimised (these by default), compile or onnx (batch 1)."),
+]
+OtherLayers = Annotated[GateKind | None, typer.Option(help="Layer gates in the place of the network's own.")]
+OtherChannels = Annotated[ChannelMode | None, typer.Option(help="Channel gates in the place of the network's own.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32; training: the faster.")
+]
+
+
 @app.command(epilog=EXIT_CODES)
 def benchmark(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Dynamic networks.", show_default=False)],
-    batch_size: Annotated[
-        list[int] | None, typer.Option(help="Images in a call; may be given again. Default: 1 and 8; training: 128.")
-    ] = None,
-    keep: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the gated layers that run; may be given again. Default: 1, 0.75, 0.5."),
-    ] = None,
+    batch_size: Several = None,
+    keep: Keeps = None,
     channel_keep: Annotated[float, typer.Option(help="Share of the channel groups that are kept.")] = 1.0,
     exit: Annotated[int | None, typer.Option(help="All images leave at this exit; 0 is the first.")] = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(help="dense, masked, skipping, optimised (these by default), compile or onnx (batch 1)."),
-    ] = None,
-    input_size: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
-    ] = None,
-    layer_gates: Annotated[GateKind | None, typer.Option(help="Layer gates in the place of the network's own.")] = None,
-    channel_mode: Annotated[
-        ChannelMode | None, typer.Option(help="Channel gates in the place of the network's own.")
-    ] = None,
+    engine: Engines = None,
+    input_size: InputSize = None,
+    layer_gates: OtherLayers = None,
+    channel_mode: OtherChannels = None,
     train: Annotated[bool, typer.Option("--train", help="Time training steps instead: base, SP and HRL.")] = False,
     rounds: Annotated[int, typer.Option(help="Timed turns of each engine.")] = 15,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's own choice.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32; training: the faster.")
-    ] = None,
+    dtype: Dtype = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
     as_json: Json = False,
     figure: Annotated[Path | None, typer.Option(help="SVG file to draw time over MACs into.")] = None,
@@ -256,34 +261,30 @@ def benchmark(
         from . import benchmark as bench
 
         kind, mode = (option.value if option else None for option in (layer_gates, channel_mode))
-        config = bench.settings(
-            batch_sizes=batch_size or ([128] if train else None),
-            keeps=keep,
-            channel_keep=channel_keep,
-            exit=exit,
-            engines=engine,
-            input_size=input_size,
-            rounds=rounds,
-            threads=threads,
-            dtype=dtype,
-            device=device,
-        )
+        sizes = batch_size or ([128] if train else None)
+        given: dict[str, Any] = {
+            "channel_keep": channel_keep,
+            "exit": exit,
+            "engines": engine,
+            "input_size": input_size,
+        }
+        given |= {"rounds": rounds, "threads": threads, "dtype": dtype, "device": device}
+        config = bench.settings(batch_sizes=sizes, keeps=keep, **given)
         models = {name: bench.network(name, kind, mode) for name in names}
-
-        def watch(turns: Any) -> Iterable[int]:
-            return _progress(turns, len(turns), "timing")
-
         if train:
-            found = bench.run_training(models, config, keep or (), dtype, watch)
+            found = bench.run_training(models, config, keep or (), dtype, _turns)
         else:
-            found = bench.run(models, config, watch)
-        if as_json:
-            _print_json([{"name": name, **row.to_dict()} for name, rows in found.items() for row in rows])
-        else:
-            bench.show(found, config)
+            found = bench.run(models, config, _turns)
+        bench_rows = [{"name": name, **row.to_dict()} for name, own in found.items() for row in own]
+        _print_json(bench_rows) if as_json else bench.show(found, config)
         if figure is not None:
             bench.draw(found, figure)
         bench.check(found)
+
+
+def _turns(turns: Any) -> Iterable[int]:
+    """A bar over the rounds of a benchmark."""
+    return _progress(turns, len(turns), "timing")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -292,10 +293,7 @@ def export(
         str, typer.Argument(metavar="NAME", help="A registered name, a folder of a run, or hf-hub:ORG/NAME.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write: ends in .onnx.")],
-    input_size: Annotated[
-        tuple[int, int, int] | None,
-        typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
-    ] = None,
+    input_size: InputSize = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Any number of images at once: all is computed, nothing skipped.")
     ] = False,
