@@ -1,5 +1,6 @@
 """The benchmark: its columns, its checks, its command."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 
 import timm_dynamic as td
 from timm_dynamic import benchmark as bench
+from timm_dynamic import benchmark_budget, measure
 from timm_dynamic.benchmark import Benchmark, Row, drawn, realised_ratio
+from timm_dynamic.benchmark_budget import BudgetRow, benchmark_budgets
 from timm_dynamic.benchmark_train import benchmark_training
 from timm_dynamic.cli import app
 from timm_dynamic.timing import Clock, distance, peak_bytes
@@ -210,6 +213,42 @@ def test_a_network_without_gates() -> None:
     code, _, err = invoke("resnet20_cifar")
     assert code == 2
     assert "resnet20_cifar: a dynamic network is needed" in err
+
+
+def test_a_budget_of_milliseconds_is_kept_by_leaving_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a table made by hand and a clock that always says the same."""
+    model = dynamic("basic")
+    counted = td.cost_table(model, (3, SIZE, SIZE))
+    table = dataclasses.replace(counted, unit="latency_ms", machine=measure.machine_name(model))
+    monkeypatch.setattr(benchmark_budget, "cost_table", lambda *args: table)
+    low, high = table.exits[0].dearest, table.exits[-1].dearest
+    monkeypatch.setattr(Clock, "time", lambda self, work, calls=1: (high + 0.5, work().sum().item()))
+    rows = benchmark_budgets(model, Benchmark(engines=("skipping",), **{**QUICK, "rounds": 8}), (low, high + 1))
+    assert [row.budget_ms for row in rows] == [low, high + 1]
+    assert rows[0].exits == (1.0, 0.0, 0.0, 0.0)
+    assert rows[1].exits == (0.0, 0.0, 0.0, 1.0), "nobody leaves early"
+    assert [row.images for row in rows] == [8, 8]
+    assert rows[0].over == 1.0
+    assert not rows[0].holds
+    assert (rows[1].p95_ms, rows[1].over, rows[1].holds) == (high + 0.5, 0.0, True)
+    with pytest.raises(ValueError, match="a network with exits is needed"):
+        benchmark_budgets(dynamic("basic", ("layer",)), Benchmark(**QUICK))
+
+
+def test_budgets_by_command() -> None:
+    code, out, _ = invoke("ddi_resnet20_cifar", *OPTIONS, "--budgets", "--engine", "skipping", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert set(found[0]) == {"name", *BudgetRow.__dataclass_fields__}
+    assert len(found) == 4
+    assert found[0]["budget_ms"] < found[3]["budget_ms"]
+    assert all(sum(row["exits"]) == pytest.approx(1) and row["images"] == 2 for row in found)
+    assert found[3]["exits"] == [0, 0, 1]
+    code, out, _ = invoke("ddi_resnet20_cifar", *OPTIONS, "--budgets", "--engine", "skipping")
+    assert code == 0
+    assert all(word in out for word in ("budget", "95 %", "left at exits"))
+    assert invoke("ddi_resnet20_cifar", "--budgets", "--train")[0] == 2
+    assert invoke("skipnet_resnet20_cifar", *OPTIONS, "--budgets")[0] == 2
 
 
 def test_json_and_figure(tmp_path: Path) -> None:

@@ -173,3 +173,34 @@ def test_training_images_without_augmentation(tmp_path: Path) -> None:
     again, once = (torch.cat(datasets.plain_images(large, 50)) for _ in range(2))
     assert again.shape == (16, 3, 96, 96)
     assert torch.equal(again, once)
+
+
+def test_training_images_are_held_out_in_place_of_the_validation_images() -> None:
+    whole = datasets.digits(16, 0)
+    found = datasets.hold_out(whole, 200)
+    train, val, source = found.train, found.val, whole.train.images  # type: ignore[attr-defined]
+    assert (len(train), len(val)) == (1057, 200)  # type: ignore[arg-type]
+    both = torch.cat([train.images.pixels, val.pixels]).flatten(1)  # type: ignore[attr-defined]
+    assert torch.equal(both.unique(dim=0), source.pixels.flatten(1).unique(dim=0)), "every image is in one of them"
+    x, y = val.__getitems__([0, 5])  # type: ignore[attr-defined]
+    place = int((source.pixels == val.pixels[5]).flatten(1).all(1).nonzero()[0])  # type: ignore[attr-defined]
+    assert torch.equal(x[1], source.__getitems__([place])[0][0]), "normalised alike"
+    assert y[1] == source.labels[place]
+    other = datasets.hold_out(datasets.digits(16, 7), 200)
+    assert torch.equal(other.val.pixels, val.pixels), "the same whatever the seed"  # type: ignore[attr-defined]
+    assert found.mean == whole.mean
+    for count in (1257, -1):
+        with pytest.raises(datasets.DataError, match=f"leave some of the 1257 training images; found {count}"):
+            datasets.hold_out(whole, count)
+
+
+def test_files_are_held_out_too(tmp_path: Path) -> None:
+    data = datasets.load("folder", make_folder(tmp_path, 80), False, 80, 0)
+    found = datasets.hold_out(data, 5)
+    assert (len(found.train), len(found.val)) == (11, 5)  # type: ignore[arg-type]
+    names = [str(path) for part in (found.train, found.val) for path, _ in part.files.samples]  # type: ignore[attr-defined]
+    assert sorted(names) == sorted(str(path) for path, _ in data.train.files.samples)  # type: ignore[attr-defined]
+    x, _ = found.val.__getitems__([0])  # type: ignore[attr-defined]
+    assert torch.equal(x, found.val.__getitems__([0])[0]), "not augmented"  # type: ignore[attr-defined]
+    x, _ = found.train.__getitems__([(0, 0), (1, 0)])  # type: ignore[attr-defined]
+    assert not torch.equal(x[0], x[1]), "augmented"

@@ -445,6 +445,27 @@ def test_learning_rates_of_a_stage() -> None:
     assert stepped == pytest.approx([1.0] * 4 + [0.1] * 2 + [0.01] * 2)
     smooth = rates(Stage("a", base_task), 8)
     assert smooth == pytest.approx([0.5 * (1 + np.cos(np.pi * k / 8)) for k in range(8)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cycle = rates(Stage("a", base_task, lr=1.0, schedule="onecycle"), 10)
+    assert cycle[:3] == pytest.approx([0.04, 0.52, 1.0])
+    assert cycle[2:] == pytest.approx([0.5 * (1 + np.cos(np.pi * k / 8)) for k in range(8)])
+
+
+def test_gates_learn_at_rates_of_their_own() -> None:
+    model = td.add_channel_gates(td.add_layer_gates(timm.create_model("resnet20_cifar")))
+    stage = Stage("a", base_task, lr=0.5, gate_lr=0.1, channel_lr=0.2)
+    scales = {
+        id(parameter): group.get("lr_scale", 1.0)
+        for group in stage.optimizer(model).param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        wanted = {"layer_gates": 0.1, "channel_gates": 0.2}.get(name.split(".")[0], 1.0)
+        assert scales[id(parameter)] == wanted, name
+    assert {group.get("lr_scale", 1.0) for group in stage.optimizer(model, plain=True).param_groups} == {1.0}
+    optimizer = stage.optimizer(model)
+    stage.scheduler(optimizer, 8).step_update(0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.1, 0.5])
 
 
 def test_accumulated_parts_give_the_whole_batch(tmp_path: Path) -> None:

@@ -132,6 +132,28 @@ def test_alpha_follows_the_distance_from_a_falling_target() -> None:
     assert task.alpha.item() == pytest.approx(wanted, abs=1e-5), "evaluation must not steer"
 
 
+def test_the_threshold_of_channel_gates_follows_and_they_decide_by_it_in_training() -> None:
+    model = network().train()
+    x, y = batch()
+    dense = td.cost_table(model, SIZE).dense
+    task = DynamicTask(model, dense, steps=4, target=0.1, anneal=0.0, shifting=30.0).train()
+    share = task(x, y)["macs_share"].item()
+    assert any(bool(keep.any()) for keep in td.decide(model, x).channel_keep)
+    assert task.shift.item() == pytest.approx(min(12.0, 30 * (share - 0.1)))
+    level = torch.sigmoid(task.shift)
+    assert bool((model.channel_gates.threshold == level).all())
+    assert bool((model.layer_gates.threshold == 0.5).all())
+    assert task(x, y)["macs_share"].item() < share
+    for mode in (True, False):
+        found = td.decide(model.train(mode), x)
+        assert not any(bool(keep.any()) for keep in found.channel_keep), "no gate is that sure"
+        assert bool(found.layer_keep.any())
+    before = model.channel_gates.threshold.clone()
+    DynamicTask(model.train(), dense, steps=4, alpha=1.0)(x, y)
+    assert any(bool(keep.any()) for keep in td.decide(model, x).channel_keep), "with a fixed alpha it is 0.5"
+    assert torch.equal(model.channel_gates.threshold, before)
+
+
 def test_dynamic_task_wants_alpha_or_a_target() -> None:
     with pytest.raises(ValueError, match="not both"):
         DynamicTask(network(), 1, 1, alpha=1.0, target=0.5)

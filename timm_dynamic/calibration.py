@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .configs import one_of, positive
 from .exits import NEVER
+from .gates import LARGEST_SHIFT
 from .walk import Log, Walk, dynamic_of, table_for
 
 FEWEST = 50  # images
 # Probabilities from which on gates keep: even steps of the logit between "always" and "never".
-LEVELS = (0.0, *(1 / (1 + math.exp(-step)) for step in (-6, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 6)), 1.5)
+LEVELS = (0.0, *(1 / (1 + math.exp(-step)) for step in (-6, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 6, 9)), 1.5)
 HALVINGS = 8
 
 
@@ -112,12 +113,13 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: floa
     before = [part.threshold.clone() for part in parts]
     with _kept(model):
         tried: dict[float | None, float] = {None: _mean_share(model, batches)}
-        low, high = 0.0, 1.0
-        for _ in range(HALVINGS + 2 if tried[None] - fraction <= reach else 0):
+        low, high = -LARGEST_SHIFT, LARGEST_SHIFT  # logits: gates can be very sure, all about as much
+        for _ in range(2 * HALVINGS if tried[None] - fraction <= reach else 0):
             middle = (low + high) / 2
-            _set(model, middle, None)
-            tried[middle] = _mean_share(model, batches)
-            low, high = (middle, high) if tried[middle] > fraction else (low, middle)
+            level = 1 / (1 + math.exp(-middle))
+            _set(model, level, None)
+            tried[level] = _mean_share(model, batches)
+            low, high = (middle, high) if tried[level] > fraction else (low, middle)
     best = min(tried, key=lambda threshold: abs(tried[threshold] - fraction))
     if best is not None:
         _set(model, best, None)

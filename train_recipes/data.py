@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from files import Folder, folder, hub
-from images import Data, DataError, Key, in_memory
+from files import Folder, Part, folder, hub
+from images import Augmented, Data, DataError, Key, in_memory
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "folder", "hfds/NAME")
 
@@ -141,6 +142,27 @@ def load(name: str, data_dir: Path, download: bool, image_size: int, seed: int) 
     if name.startswith("hfds/"):
         return hub(name, data_dir, image_size, download, seed)
     raise DataError(f"--dataset must be one of {', '.join(DATASETS)}; found {name!r}")
+
+
+def hold_out(data: Data, count: int) -> Data:
+    """The same data with so many training images, drawn once and for all, in place of the validation images.
+
+    Thresholds and checkpoints can be chosen on them, and the validation images be looked at once, at the end.
+
+    Raises:
+        DataError: if no image would be left to train on.
+    """
+    train: Any = data.train
+    if not 0 < count < len(train):
+        raise DataError(f"--holdout must leave some of the {len(train)} training images; found {count}")
+    places = np.random.default_rng(0).permutation(len(train))
+    held, kept = np.sort(places[:count]).tolist(), np.sort(places[count:]).tolist()
+    if isinstance(train, Folder):
+        val: Any = data.val
+        rest: Dataset[Any] = Folder(Part(train.files, kept), train.transform, train.seed)
+        return replace(data, train=rest, val=Folder(Part(train.files, held), val.transform, None))
+    rest = Augmented(train.images.part(kept), train.shift, train.flip, train.seed)
+    return replace(data, train=rest, val=train.images.part(held))
 
 
 # Loaders -------------------------------------------------------------------------------------------------------------

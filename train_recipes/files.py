@@ -57,6 +57,22 @@ class Folder(Dataset[Any]):
         return str(samples[index][0]) if samples is not None else f"image {index}"
 
 
+class Part:
+    """Some of the images of a data set: gives a PIL image and a class for an index."""
+
+    def __init__(self, files: Any, places: Sequence[int]):
+        self.files = files
+        self.places = places
+        if hasattr(files, "samples"):
+            self.samples = [files.samples[place] for place in places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.files[self.places[index]]
+
+
 def _image_folder(root: Path) -> torchvision.datasets.ImageFolder:
     if not root.is_dir():
         raise DataError(f"no folder {root.resolve()}: --data-dir must hold train/CLASS/*.jpg and val/CLASS/*.jpg")

@@ -30,6 +30,9 @@ FLAGS = {
     "data_dir": _flag(Path, "Where the data set is; for imagenet and folder it holds train/CLASS and val/CLASS."),
     "download": _flag(bool, "Let torchvision or timm fetch the data set."),
     "image_size": _flag(int | None, "Pixels a side; default: 32 for small networks, else the network's own."),
+    "holdout": _flag(
+        int, "Training images, always the same, that are held out and take the place of the validation images."
+    ),
     "seed": _flag(int, "Of everything random."),
     "base": _flag(str | None, "Trained base: a saved folder, a .safetensors file, or a pretrained timm name."),
     # Training
@@ -90,7 +93,7 @@ FLAGS = {
     "gain": _flag(bool, "Afterwards train the best static policy for as long, and report the adaptive gain."),
 }
 
-RUN = ("config", "output", "resume", "model", "dataset", "data_dir", "download", "image_size", "seed")
+RUN = ("config", "output", "resume", "model", "dataset", "data_dir", "download", "image_size", "holdout", "seed")
 TRAINING = (
     *("batch_size", "accumulate", "precision", "clip_grad", "ema", "compile", "grad_checkpointing", "epochs_scale"),
     *("max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),

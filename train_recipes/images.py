@@ -54,6 +54,7 @@ class Images(Dataset[Any]):
     def __init__(self, pixels: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]):
         self.pixels = pixels
         self.labels = labels
+        self.mean, self.std = mean, std
         self.scale = 1 / (255 * torch.tensor(std).reshape(-1, 1, 1))
         self.shift = -torch.tensor(mean).reshape(-1, 1, 1) / torch.tensor(std).reshape(-1, 1, 1)
 
@@ -62,6 +63,10 @@ class Images(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.normalise(self.pixels[indices]), self.labels[indices]
+
+    def part(self, indices: list[int]) -> Images:
+        """Some of the images."""
+        return Images(self.pixels[indices], self.labels[indices], self.mean, self.std)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float, channels-last in memory."""

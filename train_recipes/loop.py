@@ -66,7 +66,8 @@ def _train(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settin
 def _load(accelerator: Accelerator, settings: Settings) -> datasets.Data:
     with accelerator.main_process_first():
         size = results.image_size(settings)
-        return datasets.load(settings.dataset, settings.data_dir, settings.download, size, settings.seed)
+        data = datasets.load(settings.dataset, settings.data_dir, settings.download, size, settings.seed)
+    return datasets.hold_out(data, settings.holdout) if settings.holdout else data
 
 
 def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settings) -> None:

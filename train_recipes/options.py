@@ -32,6 +32,7 @@ class Settings:
     data_dir: Path = Path("data")
     download: bool = False
     image_size: int | None = None
+    holdout: int = 0
     output: Path | None = None
     resume: bool = False
     seed: int = 0
@@ -131,7 +132,7 @@ def _check(found: Settings, prefix: str) -> None:
     for name in ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size"):
         if getattr(found, name) <= 0:
             raise RunError(f"--{name.replace('_', '-')} must be above 0; found {getattr(found, name)}")
-    for name in ("distill", "information", "distill_exits", "beta", "entropy"):
+    for name in ("holdout", "distill", "information", "distill_exits", "beta", "entropy"):
         if getattr(found, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
     if found.temperature <= 0:

@@ -19,7 +19,19 @@ from timm_dynamic.evaluation import costs_of
 from timm_dynamic.surgery import force_always, set_gating, set_policy
 from timm_dynamic.tasks import GATES, BaseTask, DynamicTask, ExitsTask, ReinforceTask, WarmupTask
 
-CHANGEABLE = ("epochs", "iterations", "lr", "schedule", "milestones", "weight_decay", "gate_lr", "until", "alpha")
+CHANGEABLE = (
+    "epochs",
+    "iterations",
+    "lr",
+    "schedule",
+    "milestones",
+    "weight_decay",
+    "gate_lr",
+    "channel_lr",
+    "until",
+    "alpha",
+)
+SCHEDULES = ("cosine", "onecycle", "multistep")
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,13 @@ class Stage:
         epochs: length, unless ``iterations`` is given.
         iterations: length in optimiser steps.
         lr: learning rate at the start, for SGD with momentum 0.9.
-        schedule: of the learning rate: along a cosine to zero, or divided by 10 at the milestones.
+        schedule: of the learning rate: along a cosine to zero, the same after a fifth of the stage in which it rises
+            from a 25th of ``lr`` (for short runs at a high rate), or divided by 10 at the milestones.
         milestones: shares of the stage.
         weight_decay: on every parameter.
-        gate_lr: learning rate of the gates as a share of ``lr``. Slow gates stay undecided for longer, and end up
-            looking at the image instead of always open or always shut.
+        gate_lr: learning rate of the layer gates as a share of ``lr``. Slow gates stay undecided for longer, and end
+            up looking at the image instead of always open or always shut.
+        channel_lr: the same of the channel gates: each is small and learns from one unit alone.
         until: skip ratio of all gates in training under which the stage ends, looked at when it is evaluated; if it
             never gets there, the run fails.
         alpha: weight of the cost in this stage, instead of the run's --alpha or --target.
@@ -74,10 +88,11 @@ class Stage:
     epochs: float = 1.0
     iterations: int | None = None
     lr: float = 0.1
-    schedule: Literal["cosine", "multistep"] = "cosine"
+    schedule: Literal["cosine", "onecycle", "multistep"] = "cosine"
     milestones: tuple[float, ...] = (0.5, 0.75)
     weight_decay: float = 1e-4
     gate_lr: float = 1.0
+    channel_lr: float = 1.0
     until: float | None = None
     alpha: float | None = None
 
@@ -89,22 +104,25 @@ class Stage:
 
     def optimizer(self, model: nn.Module, plain: bool = False) -> torch.optim.SGD:
         """SGD over what the stage trains; everything else is frozen. plain: gates learn as fast as the rest."""
-        gates: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
+        groups: dict[str, list[nn.Parameter]] = {"layer_gates": [], "channel_gates": [], "rest": []}
         for name, parameter in model.named_parameters():
-            part = "gates" if name.split(".")[0] in GATES else name.split(".")[0]
-            parameter.requires_grad_(self.trains in ("all", part))
+            root = name.split(".")[0]
+            part = root if root in GATES else "rest"
+            parameter.requires_grad_(self.trains in ("all", "gates" if part in GATES else root))
             if parameter.requires_grad:
-                (gates if part == "gates" else rest).append(parameter)
-        gate_lr = 1.0 if plain else self.gate_lr
-        groups = [{"params": gates, "lr_scale": gate_lr}] if gates else []
-        groups += [{"params": rest}] if rest else []
-        return torch.optim.SGD(groups, self.lr, momentum=0.9, weight_decay=self.weight_decay)
+                groups[part].append(parameter)
+        scales = {"layer_gates": self.gate_lr, "channel_gates": self.channel_lr} if not plain else {}
+        found = [{"params": p, "lr_scale": scales.get(part, 1.0)} for part, p in groups.items() if p]
+        return torch.optim.SGD(found, self.lr, momentum=0.9, weight_decay=self.weight_decay)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
         """timm's scheduler for a stage of so many steps."""
         if self.schedule == "cosine":
             return CosineLRScheduler(optimizer, t_initial=steps, t_in_epochs=False)
+        if self.schedule == "onecycle":
+            rise = steps // 5
+            more = {"warmup_t": rise, "warmup_lr_init": self.lr / 25, "warmup_prefix": True}
+            return CosineLRScheduler(optimizer, t_initial=steps - rise, t_in_epochs=False, **more)
         milestones = [round(share * steps) + 1 for share in self.milestones]  # timm compares them with t + 1
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, t_in_epochs=False)
 
@@ -112,8 +130,8 @@ class Stage:
         """The stage with one of its fields set from a string."""
         if key not in CHANGEABLE:
             raise RunError(f"a stage's {', '.join(CHANGEABLE)} can be changed; found {self.name}.{key}")
-        if key == "schedule" and value not in ("cosine", "multistep"):
-            raise RunError(f"{self.name}.schedule must be cosine or multistep; found {value!r}")
+        if key == "schedule" and value not in SCHEDULES:
+            raise RunError(f"{self.name}.schedule must be one of {', '.join(SCHEDULES)}; found {value!r}")
         try:
             parsed: Any = value if key == "schedule" else _numbers(key, value)
         except ValueError as error:
@@ -235,9 +253,11 @@ def exits_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 
 
 def _going_on(task: DynamicTask, outlook: Outlook) -> DynamicTask:
-    """A task that is steered starts with the alpha that the stage before it found."""
-    if task.target is not None and "alpha" in outlook.previous:
-        task.alpha.copy_(outlook.previous["alpha"])
+    """A task starts with the threshold that the stage before it found, and with its alpha if it is steered."""
+    if "alpha" in outlook.previous:
+        task.shift.copy_(outlook.previous["shift"])
+        if task.target is not None:
+            task.alpha.copy_(outlook.previous["alpha"])
     return task
 
 

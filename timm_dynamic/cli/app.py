@@ -245,7 +245,8 @@ def benchmark(
     layer_gates: OtherLayers = None,
     channel_mode: OtherChannels = None,
     train: Annotated[bool, typer.Option("--train", help="Time training steps instead: base, SP and HRL.")] = False,
-    rounds: Annotated[int, typer.Option(help="Timed turns of each engine.")] = 15,
+    budgets: Annotated[bool, typer.Option("--budgets", help="Time images under latency budgets instead.")] = False,
+    rounds: Annotated[int | None, typer.Option(help="Timed turns of each engine; default 15, for budgets 100.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's own choice.")] = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
@@ -268,10 +269,15 @@ def benchmark(
             "engines": engine,
             "input_size": input_size,
         }
+        if budgets and (train or figure is not None):
+            raise BadInput("--budgets goes without --train and --figure")
+        rounds = 100 if budgets and rounds is None else rounds
         given |= {"rounds": rounds, "threads": threads, "dtype": dtype, "device": device}
         config = bench.settings(batch_sizes=sizes, keeps=keep, **given)
         models = {name: bench.network(name, kind, mode) for name in names}
-        if train:
+        if budgets:
+            found = bench.run_budgets(models, config, _turns)
+        elif train:
             found = bench.run_training(models, config, keep or (), dtype, _turns)
         else:
             found = bench.run(models, config, _turns)

@@ -9,6 +9,7 @@ from rich.table import Table
 from torch import nn
 
 from ..benchmark import Benchmark, Row, Watch, awaken, benchmark
+from ..benchmark_budget import BudgetRow, benchmark_budgets
 from ..benchmark_train import TrainRow, benchmark_training
 from ..report import BLUE, GREEN, GREY, INK, ORANGE, drawn, figure_and_axes
 from .errors import Failed, bad_input, one_line
@@ -71,6 +72,19 @@ def run_training(
     return found
 
 
+def run_budgets(models: dict[str, nn.Module], config: Benchmark, watch: Watch) -> Results:
+    """Rows of budgets of milliseconds by the networks' names.
+
+    Raises:
+        BadInput: if a network has no exits.
+    """
+    found: Results = {}
+    for name, model in models.items():
+        with bad_input(about=name):
+            found[name] = list(benchmark_budgets(model, config, watch=watch))
+    return found
+
+
 def check(found: Results) -> None:
     """Raise `Failed` if an engine gave something else than the plain network."""
     rows = [(name, row) for name, rows in found.items() for row in rows]
@@ -86,7 +100,8 @@ def show(found: Results, config: Benchmark) -> None:
     """Print a table for each network."""
     own = "GPU" if config.device.startswith("cuda") else "CPU"
     for name, rows in found.items():
-        console().print(_train_table(name, rows, own) if isinstance(rows[0], TrainRow) else _table(name, rows, own))
+        kinds = {TrainRow: _train_table, BudgetRow: _budget_table}
+        console().print(kinds.get(type(rows[0]), _table)(name, rows, own))
 
 
 def _columns(title: str, *names: str) -> Table:
@@ -129,6 +144,18 @@ def _train_table(name: str, rows: Sequence[TrainRow], own: str) -> Table:
         cells = (_ms(row.ms), _ms(row.spread), _ms(row.device_ms), f"{row.ratio:.2f}", f"{row.ratio_device:.2f}")
         keep = "" if row.keep is None else f"{row.keep:g}"
         table.add_row(row.task, str(row.batch), keep, row.dtype, *cells, f"{row.peak_mb:.1f}")
+    return table
+
+
+def _budget_table(name: str, rows: Sequence[BudgetRow], own: str) -> Table:
+    table = _columns(
+        f"{name}: {rows[0].images} images one at a time under budgets of milliseconds",
+        *("engine", "budget", "median", "95 %", f"95 %, {own}", "over", "left at exits", "holds"),
+    )
+    for row in rows:
+        times = map(_ms, (row.budget_ms, row.median_ms, row.p95_ms, row.p95_device_ms))
+        exits = " ".join(f"{100 * share:.0f} %" for share in row.exits)
+        table.add_row(row.engine, *times, f"{100 * row.over:.0f} %", exits, "yes" if row.holds else "NO")
     return table
 
 
