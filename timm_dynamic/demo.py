@@ -1,8 +1,10 @@
 """A page in the browser: an image, a budget, and what a dynamic network does with it beside a dense one."""
 
+import atexit
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,26 @@ FONTS, MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # of t
 
 
 def gradio() -> Any:
-    """The package gradio, told to send nothing.
+    """The package gradio, told to send nothing and to keep uploaded images where no other user of the machine looks.
 
     Raises:
         ImportError: if it is not installed.
     """
     os.environ.update(QUIET)
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(_folder() / "uploads"))
     try:
         import gradio
     except ImportError as error:
         raise ImportError(f"the demo needs gradio ({error})") from error
     return gradio
+
+
+@cache
+def _folder() -> Path:
+    """A folder of our own that is gone when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="timm-dynamic-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def show(compare: Comparison, path: str | None, setting: float | None) -> str:
@@ -45,7 +56,7 @@ def show(compare: Comparison, path: str | None, setting: float | None) -> str:
     """
     if not path:
         return page.nothing_yet()
-    value = compare.knob.start if setting is None else setting
+    value = compare.knob.within(setting)
     try:
         outcome = compare(read_image(path), value)
     except BadInput as error:
@@ -67,7 +78,7 @@ def make_app(
         dense: the stock model beside it; None for the model's own weights without gates.
         about_dense: what the dense model is, for the visitor.
         name: of the model, for the visitor.
-        samples: images to pick from; None for what goes with the model's classes.
+        samples: images to pick from, one at least; None for what goes with the model's classes.
 
     Raises:
         BadInput: if the models cannot be compared.
@@ -76,17 +87,16 @@ def make_app(
     gr = gradio()
     compare = Comparison(model, dense)
     found = list(samples if samples is not None else samples_for(compare.labels))
-    folder = tempfile.TemporaryDirectory(prefix="timm-dynamic-")
-    files = _written(found, Path(folder.name))
+    files = _written(found)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as app:
         gr.HTML(page.introduction(name or compare.name, about_dense))
         _fill(gr, compare, found, files)
-    app.samples_folder = folder  # lives as long as the page
     return app.queue(max_size=WAITING, default_concurrency_limit=1)
 
 
-def _written(samples: Sequence[Sample], folder: Path) -> list[str]:
+def _written(samples: Sequence[Sample]) -> list[str]:
     """The samples as files."""
+    folder = Path(tempfile.mkdtemp(prefix="samples-", dir=_folder()))
     files = [folder / f"{place}.png" for place in range(len(samples))]
     for sample, file in zip(samples, files, strict=True):
         sample.image.save(file)

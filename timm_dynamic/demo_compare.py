@@ -28,16 +28,25 @@ from .walk import dynamic_of, table_for
 
 DEFAULT = "ddi_resnet38_cifar.cifar10"  # the network that is shown if none is named
 SAME_WEIGHTS = "the same weights with every unit run: no gates, no exits"
+STOCK = "the stock network that it was made from, trained without gates"
 RUNS = 5  # of each network, of which the median is taken
 TIMED_SECONDS, MOST_TRIES = 0.6, 20  # for how long that is tried again
 
 
 class Pair(NamedTuple):
-    """A dynamic network and the dense one beside it."""
+    """A dynamic network and the dense one beside it, as `demo.make_app` takes them.
+
+    Attributes:
+        dynamic: the dynamic network.
+        dense: a trained stock network; None for the dynamic one's own weights without gates.
+        about_dense: what the dense network is, for the visitor.
+        name: of the dynamic network, for the visitor; None for a folder, whose name is nobody's business.
+    """
 
     dynamic: nn.Module
     dense: nn.Module | None
     about_dense: str
+    name: str | None
 
 
 def load_pair(name: str | None = None) -> Pair:
@@ -63,14 +72,10 @@ def load_pair(name: str | None = None) -> Pair:
     with bad_input(about=wanted):
         dynamic_of(model)
     base = _base_beside(wanted)
+    shown = None if parse_model_name(wanted)[0] == "local-dir" else wanted
     if base is None:
-        return Pair(model, None, SAME_WEIGHTS)
-    return Pair(model, load(base, pretrained=True), "the stock network that it was made from, trained without gates")
-
-
-def shown_name(name: str) -> str | None:
-    """A network's name for a visitor; None for a folder, whose name is nobody's business."""
-    return None if parse_model_name(name)[0] == "local-dir" else name
+        return Pair(model, None, SAME_WEIGHTS, shown)
+    return Pair(model, load(base, pretrained=True), STOCK, shown)
 
 
 def _check_dynamic(name: str) -> None:
@@ -117,6 +122,10 @@ class Knob:
     high: float
     step: float
     start: float
+
+    def within(self, value: float | None) -> float:
+        """The nearest place of the slider; where it stands at first for None."""
+        return self.start if value is None else min(max(value, self.low), self.high)
 
 
 def knob_of(model: Any, table: CostTable) -> Knob:
@@ -199,7 +208,7 @@ class Comparison:
         """
         x = self.transform(image)
         with self._lock, torch.inference_mode():
-            self._set(self.knob.start if setting is None else setting)
+            self._set(self.knob.within(setting))
             row = predict(self._fast, x, self.labels)
             dense = likeliest(self.dense(x[None])[0], self.labels)
             ms, dense_ms, tries = self._times(x)
@@ -210,7 +219,6 @@ class Comparison:
         return self.prepare.transform(image.convert("L" if self.prepare.input_size[0] == 1 else "RGB"))
 
     def _set(self, value: float) -> None:
-        value = min(max(value, self.knob.low), self.knob.high)
         if self.knob.kind == "budget":
             set_budget(self._fast, fraction=value / 100, input_size=self.prepare.input_size)
             return

@@ -13,11 +13,8 @@ from .demo_compare import RUNS, Knob, Outcome
 from .report import BLUE
 
 WORDS = {"ran": "ran", "part": "ran in part", "off": "skipped", "far": "not reached"}
-STYLE = (
-    """
-.td { --td: """
-    + BLUE
-    + """; --edge: var(--border-color-primary, #ccc);
+STYLE = """
+.td { --td: BLUE; --edge: var(--border-color-primary, #ccc);
   --soft: color-mix(in srgb, var(--body-text-color, #222) 75%, transparent);
   font-variant-numeric: tabular-nums; line-height: 1.45; }
 .dark .td { --td: #6db3f2; }
@@ -52,8 +49,7 @@ STYLE = (
 #samples .gallery-item, #samples .thumbnail-lg { aspect-ratio: 1; height: auto; min-width: 0; min-height: 0; }
 #samples .caption-label { font-size: .7rem; padding: 0 .3rem; max-width: 100%; }
 .td-error { border-left: 4px solid #c0392b; padding: .5rem .8rem; }
-"""
-)
+""".replace("BLUE", BLUE)
 
 
 def introduction(name: str, about_dense: str) -> str:

@@ -57,7 +57,6 @@ def build(name: str | None, samples: Path | None) -> Any:
         Failed: if gradio is not installed.
     """
     from ..demo import gradio, load_pair, make_app
-    from ..demo_compare import DEFAULT, shown_name
     from ..demo_samples import from_folder
 
     try:
@@ -67,8 +66,7 @@ def build(name: str | None, samples: Path | None) -> Any:
     found, left_out = from_folder(samples) if samples is not None else (None, [])
     for line in left_out:
         typer.echo(f"note: {line}", err=True)
-    pair = load_pair(name)
-    return make_app(*pair, name=shown_name(name or DEFAULT), samples=found)
+    return make_app(*load_pair(name), samples=found)
 
 
 def serve(app: Any, host: str, port: int | None) -> None:
