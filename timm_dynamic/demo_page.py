@@ -38,7 +38,7 @@ STYLE = """
 .td-ran { background: var(--td); }
 .td-part { background: linear-gradient(to top, var(--td) var(--part, 50%), transparent 0); }
 .td-far { border: 1.5px dashed var(--soft); opacity: .55; }
-.td-legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-top: .5rem; }
+.td p.td-legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-top: .6rem; }
 .td-legend span { display: flex; align-items: center; gap: .35rem; }
 .td-legend .td-u { height: 16px; width: 9px; }
 .td-seen { display: flex; gap: .8rem; align-items: center; margin-top: .8rem; }
@@ -215,11 +215,12 @@ def _seen(outcome: Outcome) -> str:
     outcome.seen.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     size: tuple[int, int] = outcome.seen.size
+    quietest = f", at the quietest of {outcome.tries} tries" if outcome.tries > 1 else ""
     return (
         f"<div class='td-seen td-soft'><img alt='The image as the networks see it' "
         f"src='data:image/png;base64,{data}'><span>What the networks see: {shape(size)} pixels. "
-        f"Time: one image alone on this machine, both networks optimised, the median of {RUNS} runs each in turns, at "
-        f"the quietest of {outcome.tries} tries.</span></div>"
+        f"Time: one image alone on this machine, both networks optimised, the median of {RUNS} runs each in turns"
+        f"{quietest}.</span></div>"
     )
 
 
