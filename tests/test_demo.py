@@ -534,6 +534,9 @@ sys.addaudithook(note)
 """
 
 
+RIGHTMOST = "found => Math.max(...found.map(one => one.getBoundingClientRect().right))"
+
+
 @contextmanager
 def serving(*args: object, spy: Path) -> Iterator[str]:
     """The address of a running demo; hosts that it looks for are written to `spy`/hosts."""
@@ -541,6 +544,8 @@ def serving(*args: object, spy: Path) -> Iterator[str]:
     (spy / "hosts").touch()
     root = str(Path(td.__file__).parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(spy), root]), "SEEN_HOSTS": str(spy / "hosts")}
+    (spy / "temporary").mkdir()
+    env["TMPDIR"] = str(spy / "temporary")
     command = [sys.executable, "-c", "from timm_dynamic.cli import main; main()", "demo", *map(str, args)]
     with (
         (spy / "errors").open("w") as errors,
@@ -585,9 +590,10 @@ def test_the_page_in_a_browser(run_folder: Path, tmp_path: Path) -> None:
         page.goto(url)
         use(page, tmp_path, playwright.expect)
         page.set_viewport_size({"width": 390, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.eval_on_selector_all("#result *, .td *, #samples button", RIGHTMOST) <= 390
         browser.close()
     assert broken == []
+    assert list((tmp_path / "temporary").glob("timm-dynamic-*")) == []  # uploaded images are gone
     assert asked
     assert [one for one in asked if not one.startswith((url, "data:", "blob:"))] == []
     hosts = set((tmp_path / "hosts").read_text().split())

@@ -1,5 +1,6 @@
 """The command `demo`: a page in the browser."""
 
+import signal
 import socket
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,7 @@ def serve(app: Any, host: str, port: int | None) -> None:
     """
     from ..demo import serve as run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl+C: what was uploaded is removed
     try:
         run(app, host, port, lambda url: typer.echo(f"serving on {url} (Ctrl+C ends it)"))
     except OSError as error:
