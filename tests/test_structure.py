@@ -18,20 +18,11 @@ ORDER = [
     *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),
-    *(
-        "benchmark_train",
-        "benchmark_budget",
-        "registry",
-        "",
-        "cli.errors",
-        "cli.images",
-        "cli.models",
-        "cli.rows",
-        "cli.runs",
-    ),
-    *("cli.tables", "cli.export", "cli.benchmark", "cli.app", "cli"),
+    *("benchmark_train", "benchmark_budget", "registry", "", "cli.errors", "cli.images", "cli.models"),
+    *("cli.rows", "cli.runs", "cli.tables", "demo_samples", "demo_compare", "demo_page", "demo"),
+    *("cli.export", "cli.benchmark", "cli.demo", "cli.app", "cli"),
 ]
-HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")
+HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml", "gradio")
 
 
 def name_of(path: Path) -> str:

@@ -13,6 +13,7 @@ import typer
 from ..configs import CHANNEL_GATE_MODES, LAYER_GATE_KINDS
 from ..version import __version__
 from . import tables
+from .demo import demo
 from .errors import BadInput, CommandError
 
 COUNTED = 40  # a list of at most this many networks counts parameters and MACs
@@ -369,6 +370,9 @@ def card(
 
         text = write(name, output)
         typer.echo(text if output is None else str(output), nl=output is not None)
+
+
+app.command(epilog=EXIT_CODES)(one_line_errors()(demo))
 
 
 def _progress(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:

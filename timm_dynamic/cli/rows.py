@@ -187,14 +187,9 @@ def predict(model: nn.Module, x: Tensor, labels: list[str] | None, most: int = 5
             table = cost_table(model, size)
             logits, macs, left = model(x[None]), table.dense, len(table.exits) - 1
             ran = [1.0] * len(table.units)
-    prob, index = logits.float().softmax(1)[0].topk(min(most, logits.shape[1]))
-    top = [
-        {"class": i, "label": labels[i] if labels else None, "probability": p}
-        for p, i in zip(prob.tolist(), index.tolist(), strict=True)
-    ]
     units = [{"name": u.name, "stage": u.stage, "ran": r} for u, r in zip(table.units, ran, strict=True)]
     return {
-        "top": top,
+        "top": likeliest(logits[0], labels, most),
         "macs": macs,
         "dense_macs": table.dense,
         "macs_share": macs / table.dense,
@@ -203,6 +198,15 @@ def predict(model: nn.Module, x: Tensor, labels: list[str] | None, most: int = 5
         "left_at": table.exits[left].name,
         "units": units,
     }
+
+
+def likeliest(logits: Tensor, labels: list[str] | None, most: int = 5) -> list[Row]:
+    """The likeliest classes of one image. logits: [classes]."""
+    prob, index = logits.float().softmax(0).topk(min(most, len(logits)))
+    return [
+        {"class": i, "label": labels[i] if labels else None, "probability": p}
+        for p, i in zip(prob.tolist(), index.tolist(), strict=True)
+    ]
 
 
 def _ran(table: CostTable, decisions: Decisions) -> list[float | None]:
