@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import timm_dynamic as td
 from options import command as run_from_command_line
 from run_folder import SUMMARY, RunError
+from timm_dynamic.budgets import default_input_size
 from timm_dynamic.card import model_card
 from timm_dynamic.cli import images, rows
 from timm_dynamic.cli.app import BATCH
@@ -180,7 +181,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
         raise RunError(f"{order.run} does not tell its seed: give --seed")
     model = load(f"local-dir:{stage}", pretrained=True)
     held_out = _held_out(model, order) if order.held_out is not None and hasattr(model, "dynamic") else None
-    trained, stored = _evaluate(order.run, order), _evaluate(stage, order)
+    trained, stored = _evaluate(order.run, order), _row(model, order)
     lines = [f"as trained {_shown(trained)}; as shipped {_shown(stored)}"]
     if abs(stored["accuracy"] - trained["accuracy"]) > TOLERANCE:
         raise RunError(f"half precision changes the accuracy: {lines[0]}: give --full")
@@ -190,7 +191,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
         found["full_precision"] = _few(trained)
     if not hasattr(model, "dynamic"):
         return {**found, **_few(stored)}, lines
-    found |= _dynamic_rows(model, stored, stage, order)
+    found |= _dynamic_rows(model, stored, order)
     found |= {key: summary[key] for key in ("adaptive_gain", "static") if key in summary}
     if held_out is not None:
         calibrated, more = _calibrated(stage, order, held_out)
@@ -206,14 +207,14 @@ def _told(run: Path, name: str) -> Row:
     return told
 
 
-def _dynamic_rows(model: Any, found: Row, stage: Path, order: Order) -> Row:
+def _dynamic_rows(model: Any, found: Row, order: Order) -> Row:
     """The rows of a dynamic network: its base, itself, every exit and three hard budgets."""
     keys = [key for key in DECISIONS if hasattr(model, "layer_gates")]
     keys += ["channel_keep_ratio"] if found["channel_keep_ratio"] is not None else []
     dense: Row = {"macs": found["dense_macs"]}
     if (order.run / "base" / CONFIG).is_file():
         dense = _few(_evaluate(order.run / "base", order))
-    stops = costs_of(model, images.Preparation(model).input_size).exits
+    stops = costs_of(model, default_input_size(model)).exits
     exits, budgets = range(len(stops)) if len(stops) > 1 else (), []
     low, high = stops[0].dearest, stops[-1].dearest
     for third in range(3) if exits else ():
@@ -221,20 +222,20 @@ def _dynamic_rows(model: Any, found: Row, stage: Path, order: Order) -> Row:
     return {
         "dense": dense,
         "dynamic": {**_few(found), **{key: found[key] for key in keys}},
-        "exits": [{"exit": k, **_few(_evaluate(stage, order, exit=k))} for k in exits],
-        "budgets": [{"budget": share, **_few(_evaluate(stage, order, fraction=share))} for share in budgets],
+        "exits": [{"exit": k, **_few(_row(model, order, exit=k))} for k in exits],
+        "budgets": [{"budget": share, **_few(_row(model, order, fraction=share))} for share in budgets],
     }
 
 
-def _evaluate(folder: Path, order: Order, *, fraction: float | None = None, exit: int | None = None) -> Row:
-    """What `timm-dynamic evaluate` measures of a saved model, with its defaults, on the CPU."""
-    model = load(f"local-dir:{folder}", pretrained=True)
+def _evaluate(folder: Path, order: Order) -> Row:
+    """What a saved model gives."""
+    return _row(load(f"local-dir:{folder}", pretrained=True), order)
+
+
+def _row(model: Any, order: Order, *, fraction: float | None = None, exit: int | None = None) -> Row:
+    """What `timm-dynamic evaluate` measures, with its defaults, on the CPU."""
     prepare = images.Preparation(model)
     restrict(model, prepare.input_size, fraction, exit, None)
-    return _row(model, prepare, order)
-
-
-def _row(model: Any, prepare: images.Preparation, order: Order) -> Row:
     folder = images.open_folder(images.find_split(order.data, order.split), model, prepare)
     return rows.evaluate_row(model, images.batches(folder, BATCH, 0), prepare.input_size, "cpu")
 
@@ -268,7 +269,7 @@ def _calibrated(stage: Path, order: Order, held_out: images.Folder) -> tuple[lis
             lines.append(f"no row for --target {target}: {one_line(error)}")
             continue
         early = set_to.confidence if hasattr(model, "exits") and set_to.confidence <= 1 else None
-        row = _few(_row(model, held_out.prepare, order))
+        row = _few(_row(model, order))
         found.append({"target": target, "threshold": set_to.threshold, "confidence": early, **row})
         lines.append(f"calibrated to {target:.0%}: {_shown(row)}")
     return found, lines
