@@ -42,7 +42,7 @@ from run_folder import RunError  # noqa: E402
 BASE = "resnet20_cifar"
 PLAIN, SKIPNET, DDI = f"{BASE}.blobs", f"skipnet_{BASE}.blobs_sp", f"ddi_{BASE}.blobs"
 LABELS = ("blue", "green", "red")
-CFG = {"num_classes": 3, "label_names": LABELS, "input_size": (3, 16, 16), "crop_pct": 1.0}
+CFG = {"num_classes": 3, "label_names": LABELS, "input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "tag": None}
 CHANNELS = {"group_size": 8, "mode": "nested", "levels": 2, "init": "random"}
 COMMAND = "accelerate launch train_recipes/ddi.py --target 0.5"
 
@@ -444,9 +444,17 @@ def test_what_timm_is_told(shop: Shop) -> None:
     cfg = timm.create_model(DDI, pretrained=True).pretrained_cfg
     assert (cfg["tag"], cfg["architecture"], cfg["num_classes"]) == ("blobs", f"ddi_{BASE}", 3)
     assert (cfg["input_size"], cfg["label_names"], cfg["license"]) == ((3, 16, 16), LABELS, "mit")
-    assert cfg["mean"] == cifar.CIFAR10_MEAN
+    assert cfg["mean"] == (0.5, 0.4, 0.3)
     assert Path(cfg["file"]) == shop.weights / DDI / "model.safetensors"
     assert "hf_hub_id" not in cfg
+
+
+def test_what_was_loaded_can_be_saved_again(shop: Shop, tmp_path: Path) -> None:
+    model = timm.create_model(SKIPNET, pretrained=True, num_classes=4).eval()
+    hub.save_pretrained(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x()), model(x()))
+    assert again.layer_gates.config == shop.models[SKIPNET].layer_gates.config
 
 
 def test_predict_names_the_classes(shop: Shop) -> None:

@@ -174,9 +174,9 @@ def _card_data(
 
 def _base_model(model: Any, base: str) -> str | None:
     """Hub id of the stock weights that a model started from, by its tag."""
-    tag = model.pretrained_cfg.get("tag")
-    cfg = timm.get_pretrained_cfg(f"{base}.{tag}", allow_unregistered=True) if tag else None
-    return cfg.hf_hub_id if cfg is not None else None
+    full = f"{base}.{model.pretrained_cfg.get('tag')}"
+    known = full in timm.list_models(base, include_tags=True)  # a dynamic network has tags of its own
+    return timm.get_pretrained_cfg(full).hf_hub_id if known else None
 
 
 def _dataset(model: Any, metrics: Mapping[str, Any]) -> tuple[str, str | None] | None:
