@@ -341,7 +341,7 @@ def test_a_card_tells_all(shop: Shop) -> None:
         f"timm-dynamic evaluate {DDI} --data DIR --device cpu",
         "55 images of the training set, held out in training,",
         "adaptive gain: +12.50 points over the best static policy that was trained for as long (25.00% at 9.00 M)",
-        f"in {metrics['dynamic']['policies']} different patterns",
+        f"patterns of layers that occur: {metrics['dynamic']['policies']} (",
         f'timm.create_model("{DDI}", pretrained=True)',
     ):
         assert wanted in text

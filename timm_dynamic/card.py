@@ -80,11 +80,21 @@ def _told(metrics: Mapping[str, Any], source: str, dataset: str) -> dict[str, An
         "training": training or f"With seed {metrics['seed']}, by this command of the repository of timm_dynamic:",
         "command": command,
         "measured_on": measured,
-        "measure_again": f"timm-dynamic evaluate {source} --data DIR --device cpu" if metrics.get("images") else None,
+        "split": metrics.get("split"),
+        "measure_again": _evaluate_command(source, metrics),
+        "measured_stops": bool(metrics.get("exits")),
         "decisions": list(_decisions(metrics)),
-        "precision": _precision(metrics.get("full_precision"), metrics.get("dynamic") or metrics),
+        "precision": _precision(metrics),
         "calibration": _calibration(metrics.get("calibrated")),
     }
+
+
+def _evaluate_command(source: str, metrics: Mapping[str, Any]) -> str | None:
+    """The command that measures a model again, if it is known on which images."""
+    if not metrics.get("images"):
+        return None
+    split = "" if metrics["split"] == "val" else f" --split {metrics['split']}"
+    return f"timm-dynamic evaluate {source} --data DIR{split} --device cpu"
 
 
 def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -92,7 +102,7 @@ def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
     found = metrics["dynamic"] if isinstance(metrics.get("dynamic"), Mapping) else {}
     if found.get("policies") is not None:
         yield (
-            f"{found['keep_ratio']:.1%} of the gated layers run, in {found['policies']:,} different patterns "
+            f"{found['keep_ratio']:.1%} of the gated layers run; patterns of layers that occur: {found['policies']:,} "
             f"({found['policy_entropy']:.2f} bits)"
         )
         yield f"from image to image the MACs vary by {found['macs_share_std']:.1%} of the base's (standard deviation)"
@@ -107,13 +117,15 @@ def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _precision(full: Any, stored: Mapping[str, Any]) -> str | None:
+def _precision(metrics: Mapping[str, Any]) -> str | None:
     """In what precision weights are stored, if it is not the one of training."""
+    full, dynamic = metrics.get("full_precision"), metrics.get("dynamic")
     if not full:
         return None
+    stored, gates = dynamic or metrics, ", those of gates in full" if dynamic else ""
     more = 100 * (stored["accuracy"] - full["accuracy"])
     return (
-        "The weights are stored in half precision, those of gates in full, and computed with in float32. "
+        f"The weights are stored in half precision{gates}, and computed with in float32. "
         f"As they were trained they give {full['accuracy']:.2%} at {_macs(full['macs'])}: a difference of {more:+.2f} "
         "points."
     )
