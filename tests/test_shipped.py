@@ -159,7 +159,7 @@ def x(channels: int = 3) -> torch.Tensor:
 def faults(weights: Path, cards: Path) -> list[str]:
     """What is wrong with a folder of shipped models."""
     found, total = [], 0
-    for folder in sorted(weights.iterdir()):
+    for folder in sorted(weights.iterdir()) if weights.is_dir() else ():
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         if names == ["config.json"] and folder.name in shipped.ON_HUB:
             continue
@@ -378,6 +378,8 @@ def test_refusals_leave_everything_as_it_was(shop: Shop, tmp_path: Path, monkeyp
     refused("no folder with classes .*test", shop, shop.order(own, DDI, split="test"))
     refused("1 to 59 can be held out; found 900", shop, shop.order(own, DDI, held_out=900))
     stock = randomise(timm.create_model("resnet18", num_classes=3)).eval()
+    plain = shop.root.parent / "runs" / PLAIN
+    refused("a plain network has nothing to calibrate", shop, shop.order(plain, PLAIN, held_out=10))
     refused("resnet18 is timm's", shop, shop.order(add_run(tmp_path / "stock", stock, stock), DDI))
     shutil.copytree(own, tmp_path / "run")
     (tmp_path / "run" / "settings.json").unlink()

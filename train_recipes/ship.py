@@ -180,7 +180,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     if seed is None:
         raise RunError(f"{order.run} does not tell its seed: give --seed")
     model = load(f"local-dir:{stage}", pretrained=True)
-    held_out = _held_out(model, order) if order.held_out is not None and hasattr(model, "dynamic") else None
+    held_out = _held_out(model, order) if order.held_out is not None else None
     trained, stored = _evaluate(order.run, order), _row(model, order)
     lines = [f"as trained {_shown(trained)}; as shipped {_shown(stored)}"]
     if abs(stored["accuracy"] - trained["accuracy"]) > TOLERANCE:
@@ -251,6 +251,8 @@ def _shown(found: Row) -> str:
 
 def _held_out(model: Any, order: Order) -> images.Folder:
     """The training images to calibrate on."""
+    if not hasattr(model, "dynamic"):
+        raise RunError("--held-out: a plain network has nothing to calibrate")
     train = images.open_folder(order.data / "train", model, images.Preparation(model))
     train.samples = [train.samples[place] for place in held_out_places(len(train), order.held_out or 0)]
     return train

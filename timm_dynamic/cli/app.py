@@ -334,11 +334,11 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of
 @app.command(epilog=EXIT_CODES)
 def publish(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR", help="Folder of a run, or of save_pretrained.", show_default=False)
+        Path | None, typer.Argument(metavar="DIR", help="Folder of a run, or of save_pretrained.", show_default=False)
     ] = None,
     repo_id: Annotated[
         str | None,
-        typer.Argument(metavar="REPO_ID]", help="org/name on the Hub; made if it does not exist.", show_default=False),
+        typer.Argument(metavar="REPO_ID", help="org/name on the Hub; made if it does not exist.", show_default=False),
     ] = None,
     everything: Annotated[
         str | None,
