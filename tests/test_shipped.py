@@ -72,10 +72,16 @@ def add_run(folder: Path, model: Any, base: Any) -> Path:
     """What a recipe leaves behind, as far as shipping looks at it."""
     hub.save_pretrained(model, folder)
     hub.save_pretrained(base, folder / "base")
-    (folder / "settings.json").write_text(json.dumps({"seed": 5, "held_out": 55}))
-    static = {"accuracy": 0.25, "macs": 9_000_000, "policy": "101", "share": 0.1}
-    (folder / "summary.json").write_text(json.dumps({"adaptive_gain": 0.125, "static": static}))
+    (folder / "settings.json").write_text(json.dumps({"seed": 5, "holdout": 55}))
+    (folder / "summary.json").write_text("{}")
     return folder
+
+
+def add_static(folder: Path, model: Any) -> None:
+    """A run's best static policy, as `--gain` leaves it behind."""
+    found = {"accuracy": 0.25, "macs": 9_000_000, "policy": "101", "share": 0.1}
+    (folder / "summary.json").write_text(json.dumps({"adaptive_gain": 0.125, "static": found}))
+    hub.save_pretrained(model, folder / "static")
 
 
 class Shop:
@@ -96,7 +102,9 @@ class Shop:
         self.models, self.lines = made, {}
         for full, model in made.items():
             run = add_run(root / "runs" / full, model, base)
-            self.lines[full] = self.ship(run, full, held_out=55 if full == DDI else None)
+            if full == DDI:
+                add_static(run, made[SKIPNET])
+            self.lines[full] = self.ship(run, full, holdout=55 if full == DDI else None)
 
     def order(self, run: Path, full: str, **changes: Any) -> ship.Order:
         given = {"dataset": "three colours", "targets": (0.5, 0.0001), **changes}
@@ -319,8 +327,16 @@ def test_targets_are_calibrated_on_held_out_images(shop: Shop) -> None:
     assert "calibrated" not in shop.config(SKIPNET)["metrics"]
 
 
+def test_the_gain_is_measured_on_the_same_images(shop: Shop) -> None:
+    metrics = shop.config(DDI)["metrics"]
+    static = evaluated(shop, f"local-dir:{shop.root.parent / 'runs' / DDI / 'static'}")
+    assert metrics["static"] == {"accuracy": static["accuracy"], "macs": 9_000_000, "policy": "101", "share": 0.1}
+    assert metrics["adaptive_gain"] == metrics["dynamic"]["accuracy"] - static["accuracy"]
+    assert "static" not in shop.config(SKIPNET)["metrics"]
+
+
 def test_which_images_are_held_out(shop: Shop) -> None:
-    chosen = ship._held_out(shop.models[DDI], shop.order(shop.root, DDI, held_out=7)).samples
+    chosen = ship._held_out(shop.models[DDI], shop.order(shop.root, DDI, holdout=7)).samples
     files = sorted((shop.data / "train").glob("*/*.png"), key=lambda path: (path.parent.name, path.name))
     assert [Path(path) for path, _ in chosen] == [
         files[i] for i in sorted(np.random.default_rng(0).permutation(60)[:7])
@@ -330,6 +346,7 @@ def test_which_images_are_held_out(shop: Shop) -> None:
 def test_a_card_tells_all(shop: Shop) -> None:
     card = ModelCard.load(shop.cards / f"{DDI}.md")
     text, metrics = card.content, shop.config(DDI)["metrics"]
+    gain, static = metrics["adaptive_gain"], metrics["static"]
     told = {(one.metric_name, one.metric_value) for one in card.data.eval_results}
     assert ("Accuracy (without budget)", metrics["dynamic"]["accuracy"]) in told
     assert ("MACs (calibrated to 50% of the base)", metrics["calibrated"]["rows"][0]["macs"]) in told
@@ -340,7 +357,8 @@ def test_a_card_tells_all(shop: Shop) -> None:
         "three colours, the 60 images of `val`",
         f"timm-dynamic evaluate {DDI} --data DIR --device cpu",
         "55 images of the training set, held out in training,",
-        "adaptive gain: +12.50 points over the best static policy that was trained for as long (25.00% at 9.00 M)",
+        f"adaptive gain: {100 * gain:+.2f} points over the best static policy that was trained for as long (",
+        f"({static['accuracy']:.2%} at 9.00 M)",
         f"patterns of layers that occur: {metrics['dynamic']['policies']} (",
         f'timm.create_model("{DDI}", pretrained=True)',
     ):
@@ -376,12 +394,14 @@ def test_refusals_leave_everything_as_it_was(shop: Shop, tmp_path: Path, monkeyp
     refused("no folder", shop, shop.order(tmp_path / "none", DDI))
     refused("--tag must be words", shop, ship.Order(own, "A tag", shop.data, COMMAND))
     refused("no folder with classes .*test", shop, shop.order(own, DDI, split="test"))
-    refused("1 to 59 can be held out; found 900", shop, shop.order(own, DDI, held_out=900))
+    refused("1 to 59 can be held out; found 900", shop, shop.order(own, DDI, holdout=900))
     stock = randomise(timm.create_model("resnet18", num_classes=3)).eval()
     plain = shop.root.parent / "runs" / PLAIN
-    refused("a plain network has nothing to calibrate", shop, shop.order(plain, PLAIN, held_out=10))
+    refused("a plain network has nothing to calibrate", shop, shop.order(plain, PLAIN, holdout=10))
     refused("resnet18 is timm's", shop, shop.order(add_run(tmp_path / "stock", stock, stock), DDI))
     shutil.copytree(own, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "static")
+    refused("gain is that of held-out images; static/ is needed", shop, shop.order(tmp_path / "run", DDI))
     (tmp_path / "run" / "settings.json").unlink()
     refused("does not tell its seed: give --seed", shop, shop.order(tmp_path / "run", DDI))
     monkeypatch.setattr(ship, "TOLERANCE", -1)
@@ -398,7 +418,7 @@ def test_the_recipe_takes_its_options(shop: Shop, monkeypatch: pytest.MonkeyPatc
     recipe = typer.Typer()
     recipe.command()(ship.main)
     more = [
-        "--held-out",
+        "--holdout",
         "5000",
         "--target",
         "0.4",
@@ -414,11 +434,11 @@ def test_the_recipe_takes_its_options(shop: Shop, monkeypatch: pytest.MonkeyPatc
         assert CliRunner().invoke(recipe, [*given, *options]).stdout == "done\n"
     wanted = ship.Order(Path("runs/ddi"), "cifar10", Path("cifar"), COMMAND)
     assert orders[0] == (wanted, ROOT)
-    changes: dict[str, Any] = {"held_out": 5000, "targets": (0.4, 0.6), "seed": 3, "half": False}
+    changes: dict[str, Any] = {"holdout": 5000, "targets": (0.4, 0.6), "seed": 3, "half": False}
     assert orders[1] == (dataclasses.replace(wanted, **changes), tmp_path)
     failed = CliRunner().invoke(recipe, [*given, "--target", "0.5"])
     assert isinstance(failed.exception, RunError)
-    assert "give --held-out too" in str(failed.exception)
+    assert "give --holdout too" in str(failed.exception)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Order:
     dataset: str = "CIFAR-10 (JPEG)"
     split: str = "val"
     seed: int | None = None
-    held_out: int | None = None
+    holdout: int | None = None
     targets: tuple[float, ...] = ()
     half: bool = True
 
@@ -180,7 +180,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     if seed is None:
         raise RunError(f"{order.run} does not tell its seed: give --seed")
     model = load(f"local-dir:{stage}", pretrained=True)
-    held_out = _held_out(model, order) if order.held_out is not None else None
+    held_out = _held_out(model, order) if order.holdout is not None else None
     trained, stored = _evaluate(order.run, order), _row(model, order)
     lines = [f"as trained {_shown(trained)}; as shipped {_shown(stored)}"]
     if abs(stored["accuracy"] - trained["accuracy"]) > TOLERANCE:
@@ -192,11 +192,11 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     if not hasattr(model, "dynamic"):
         return {**found, **_few(stored)}, lines
     found |= _dynamic_rows(model, stored, order)
-    found |= {key: summary[key] for key in ("adaptive_gain", "static") if key in summary}
+    found |= _gain(stored, summary, settings, order)
     if held_out is not None:
         calibrated, more = _calibrated(stage, order, held_out)
-        kept_out = settings.get("held_out") == order.held_out
-        found["calibrated"] = {"images": order.held_out, "held_out": kept_out, "rows": calibrated}
+        kept_out = settings.get("holdout") == order.holdout
+        found["calibrated"] = {"images": order.holdout, "held_out": kept_out, "rows": calibrated}
         lines += more
     return found, lines
 
@@ -227,6 +227,20 @@ def _dynamic_rows(model: Any, found: Row, order: Order) -> Row:
     }
 
 
+def _gain(found: Row, summary: Row, settings: Row, order: Order) -> Row:
+    """The adaptive gain over the run's best static policy, where there is one, on the images measured on."""
+    static = summary.get("static")
+    if static is None:
+        return {}
+    if (order.run / "static" / CONFIG).is_file():
+        static = {**static, "accuracy": _evaluate(order.run / "static", order)["accuracy"]}
+    elif settings.get("holdout"):
+        raise RunError(
+            f"{order.run}: its adaptive gain is that of held-out images; static/ is needed to measure it here"
+        )
+    return {"adaptive_gain": found["accuracy"] - static["accuracy"], "static": static}
+
+
 def _evaluate(folder: Path, order: Order) -> Row:
     """What a saved model gives."""
     return _row(load(f"local-dir:{folder}", pretrained=True), order)
@@ -252,9 +266,9 @@ def _shown(found: Row) -> str:
 def _held_out(model: Any, order: Order) -> images.Folder:
     """The training images to calibrate on."""
     if not hasattr(model, "dynamic"):
-        raise RunError("--held-out: a plain network has nothing to calibrate")
+        raise RunError("--holdout: a plain network has nothing to calibrate")
     train = images.open_folder(order.data / "train", model, images.Preparation(model))
-    train.samples = [train.samples[place] for place in held_out_places(len(train), order.held_out or 0)]
+    train.samples = [train.samples[place] for place in held_out_places(len(train), order.holdout or 0)]
     return train
 
 
@@ -288,7 +302,7 @@ def main(
     dataset_name: Annotated[str, typer.Option(help="What the card calls the data.")] = Order.dataset,
     split: Annotated[str, typer.Option(help="Folder in --data that is measured on.")] = Order.split,
     seed: Annotated[int | None, typer.Option(help="Of the training. Default: what the run's settings say.")] = None,
-    held_out: Annotated[
+    holdout: Annotated[
         int | None, typer.Option(min=1, help="Calibrate too, on that many images of --data/train held out in training.")
     ] = None,
     target: Annotated[
@@ -299,9 +313,9 @@ def main(
 ) -> None:
     """Measure a trained model, and put its weights and its card where the package finds them."""
     targets = tuple(target or ())
-    if targets and held_out is None:
-        raise RunError("--target calibrates on held-out images: give --held-out too")
-    for line in ship(Order(run, tag, data, command, dataset_name, split, seed, held_out, targets, not full), root):
+    if targets and holdout is None:
+        raise RunError("--target calibrates on held-out images: give --holdout too")
+    for line in ship(Order(run, tag, data, command, dataset_name, split, seed, holdout, targets, not full), root):
         typer.echo(line)
 
 
