@@ -14,7 +14,8 @@ PACKAGE = Path(td.__file__).parent
 RECIPES = PACKAGE.parent / "train_recipes"
 # Each module imports from those before it only. "" is the package itself, timm_dynamic/__init__.py.
 ORDER = [
-    *("version", "configs", "safety", "losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
+    *("version", "configs", "safety", "shipped"),
+    *("losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
     *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),

@@ -22,7 +22,8 @@ DATASETS = {  # first word of a tag or the `dataset` of the metrics -> name, id 
     "in1k": ("ImageNet-1k", "ILSVRC/imagenet-1k"),
 }
 COLUMNS = ("accuracy", "macs", "max_macs")
-NOT_NUMBERS = ("dataset", "training", "license", "base_model")
+# what has a place of its own on a card, beside `dense`, `dynamic`, `exits` and `budgets`
+NOT_NUMBERS = ("dataset", "split", "images", "training", "command", "seed", "adaptive_gain", "license", "base_model")
 
 
 def model_card(
@@ -59,13 +60,91 @@ def model_card(
         source=source,
         mark=MARK,
         dynamic=hasattr(model, "dynamic"),
-        training=metrics.get("training") or "How these weights were trained was not recorded.",
-        measured_on=f"Measured on {dataset[0]}." if dataset else "",
+        **_told(metrics, source, dataset[0] if dataset else ""),
         results=[_shown(row, metrics) for row in rows],
         others=[{"name": name, "value": _plain(value)} for name, value in metrics.items() if _is_other(name, value)],
         **{**_described(model, base), **({} if trained else _as_made(model, base))},
     )
     return str(card)
+
+
+def _told(metrics: Mapping[str, Any], source: str, dataset: str) -> dict[str, Any]:
+    """How a model was trained, measured and calibrated, and what its decisions are like."""
+    training, command = metrics.get("training"), metrics.get("command")
+    if not training and not command:
+        training = "How these weights were trained was not recorded."
+    measured = f"Measured on {dataset}." if dataset else ""
+    if metrics.get("images"):
+        measured = f"Measured on {dataset}, the {metrics['images']:,} images of `{metrics['split']}`."
+    return {
+        "training": training or f"With seed {metrics['seed']}, by this command of the repository of timm_dynamic:",
+        "command": command,
+        "measured_on": measured,
+        "split": metrics.get("split"),
+        "measure_again": _evaluate_command(source, metrics),
+        "measured_stops": bool(metrics.get("exits")),
+        "decisions": list(_decisions(metrics)),
+        "precision": _precision(metrics),
+        "calibration": _calibration(metrics.get("calibrated")),
+    }
+
+
+def _evaluate_command(source: str, metrics: Mapping[str, Any]) -> str | None:
+    """The command that measures a model again, if it is known on which images."""
+    if not metrics.get("images"):
+        return None
+    split = "" if metrics["split"] == "val" else f" --split {metrics['split']}"
+    return f"timm-dynamic evaluate {source} --data DIR{split} --device cpu"
+
+
+def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What is known of a network's decisions, without a budget."""
+    found = metrics["dynamic"] if isinstance(metrics.get("dynamic"), Mapping) else {}
+    if found.get("policies") is not None:
+        yield (
+            f"{found['keep_ratio']:.1%} of the gated layers run; patterns of layers that occur: {found['policies']:,} "
+            f"({found['policy_entropy']:.2f} bits)"
+        )
+        yield f"from image to image the MACs vary by {found['macs_share_std']:.1%} of the base's (standard deviation)"
+    if found.get("channel_keep_ratio") is not None:
+        yield f"{found['channel_keep_ratio']:.1%} of the channel groups are computed"
+    if metrics.get("adaptive_gain") is not None:
+        static = metrics.get("static") or {}
+        beside = f" ({static['accuracy']:.2%} at {_macs(static['macs'])})" if static else ""
+        yield (
+            f"adaptive gain: {100 * metrics['adaptive_gain']:+.2f} points over the best static policy that was trained "
+            f"for as long{beside}"
+        )
+
+
+def _precision(metrics: Mapping[str, Any]) -> str | None:
+    """In what precision weights are stored, if it is not the one of training."""
+    full, dynamic = metrics.get("full_precision"), metrics.get("dynamic")
+    if not full:
+        return None
+    stored, gates = dynamic or metrics, ", those of gates in full" if dynamic else ""
+    more = 100 * (stored["accuracy"] - full["accuracy"])
+    return (
+        f"The weights are stored in half precision{gates}, and computed with in float32. "
+        f"As they were trained they give {full['accuracy']:.2%} at {_macs(full['macs'])}: a difference of {more:+.2f} "
+        "points."
+    )
+
+
+def _calibration(found: Any) -> dict[str, Any] | None:
+    """Thresholds for other mean costs: what they were found on, and what they are."""
+    if not found or not found["rows"]:
+        return None
+    rows = [
+        {
+            "target": f"{row['target']:.0%}",
+            "threshold": f"{row['threshold']:.4g}",
+            "confidence": "none leaves" if row["confidence"] is None else f"{row['confidence']:.4g}",
+        }
+        for row in found["rows"]
+    ]
+    exits = any(row["confidence"] is not None for row in found["rows"])
+    return {"images": f"{found['images']:,}", "held_out": found.get("held_out", False), "rows": rows, "exits": exits}
 
 
 def _card_data(
@@ -107,9 +186,9 @@ def _card_data(
 
 def _base_model(model: Any, base: str) -> str | None:
     """Hub id of the stock weights that a model started from, by its tag."""
-    tag = model.pretrained_cfg.get("tag")
-    cfg = timm.get_pretrained_cfg(f"{base}.{tag}", allow_unregistered=True) if tag else None
-    return cfg.hf_hub_id if cfg is not None else None
+    full = f"{base}.{model.pretrained_cfg.get('tag')}"
+    known = full in timm.list_models(base, include_tags=True)  # a dynamic network has tags of its own
+    return timm.get_pretrained_cfg(full).hf_hub_id if known else None
 
 
 def _dataset(model: Any, metrics: Mapping[str, Any]) -> tuple[str, str | None] | None:
@@ -132,6 +211,8 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**row, "name": f"all images at exit {row['exit']}"}
     for row in metrics.get("budgets") or ():
         yield {**row, "name": f"budget {_budget(row['budget'])}"}
+    for row in (metrics.get("calibrated") or {}).get("rows", ()):
+        yield {**row, "name": f"calibrated to {row['target']:.0%} of the base"}
 
 
 def _budget(value: Any) -> str:

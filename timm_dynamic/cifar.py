@@ -19,6 +19,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from .safety import check_saved_model
+from .shipped import shipped, with_saved_arguments
 
 __all__ = ["CifarDenseNet", "CifarResNet"]
 
@@ -174,12 +175,24 @@ _densenet_cfg = partial(_cfg, "features.conv0", "classifier", "arXiv:1608.06993"
 
 _cfgs: dict[str, Any] = {f"resnet{depth}_cifar": _resnet_cfg() for depth in (20, 32, 38, 74, 110, 152)}
 _cfgs |= {f"densenet{depth}_cifar": _densenet_cfg() for depth in (40, 100)}
-default_cfgs = generate_default_cfgs(_cfgs)
+
+
+def current_cfgs() -> dict[str, Any]:
+    """What timm is to know of each network: the tags whose weights ship with the package, else a config without any."""
+    found = shipped()
+    cfgs: dict[str, Any] = {}
+    for name, cfg in _cfgs.items():
+        cfgs |= {f"{name}.{tag}": own for tag, own in found.get(name, {}).items()} or {name: cfg}
+    made: dict[str, Any] = generate_default_cfgs(cfgs)
+    return made
+
+
+default_cfgs = current_cfgs()
 
 
 def _build(cls: type, name: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """Build a network the way timm does, with its four feature levels."""
-    kwargs = check_saved_model(name, pretrained, kwargs)
+    kwargs = with_saved_arguments(name, pretrained, check_saved_model(name, pretrained, kwargs)).kwargs
     feature_cfg = {"flatten_sequential": cls is CifarDenseNet, "out_indices": (0, 1, 2, 3)}
     return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **{**model_args, **kwargs})
 

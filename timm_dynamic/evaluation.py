@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -100,6 +101,24 @@ def evaluate(
     if table is None:
         raise ValueError("the loader holds no images to evaluate on")
     return _summarise({key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table)
+
+
+def held_out_places(images: int, count: int) -> list[int]:
+    """Which training images are held out, to calibrate on: the same ones for everybody.
+
+    Args:
+        images: how many training images there are, in the order of their classes' folders and of their names.
+        count: how many are to be held out.
+
+    Returns:
+        Their places, ascending: the first `count` of the permutation that numpy's generator gives for seed 0.
+
+    Raises:
+        ValueError: if there are not more images than that.
+    """
+    if not 0 < count < images:
+        raise ValueError(f"of {images} training images 1 to {images - 1} can be held out; found {count}")
+    return sorted(np.random.default_rng(0).permutation(images)[:count].tolist())
 
 
 def costs_of(model: nn.Module, input_size: tuple[int, int, int]) -> CostTable:

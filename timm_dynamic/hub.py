@@ -6,6 +6,7 @@ give the same model back: gates, exits, budget and calibrated thresholds include
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from .card import MARK, model_card
 from .families import model_name
 from .safety import CONFIG, WEIGHTS
+from .shipped import config_of, folder_of
 from .surgery import PARTS
 from .version import __version__
 
@@ -78,26 +80,38 @@ def base_of(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
 
 
-def twin_card(name: str) -> str:
-    """The model card of a registered name: the base's weights, gates and exits as they are made, nothing trained yet.
+def card_of(name: str) -> str:
+    """The model card of a registered name: of trained weights that ship with the package, else of a base's twin.
 
     Args:
         name: such as "skipnet_resnet50.a1_in1k"; without a tag the one that `pretrained=True` takes.
 
     Raises:
-        ValueError: if that is no dynamic network, or its base has no trained weights.
+        ValueError: if there is no such network, or neither it nor its base has trained weights.
     """
     known = timm.is_model(name.partition(".")[0]) and (name in timm.list_models(include_tags=True) or "." not in name)
     cfg = timm.get_pretrained_cfg(name) if known else None
+    full = f"{cfg.architecture}.{cfg.tag}" if cfg is not None else ""
+    config = config_of(full)
+    if cfg is not None and config is not None:
+        with torch.device("meta"):
+            model = timm.create_model(full).eval()
+        return model_card(model, full, base_of(cfg.architecture), full, config.get("metrics"))
     if cfg is None or not cfg.architecture.startswith(tuple(PREFIXES)):
         raise ValueError(f"no dynamic network {name!r}: wanted a registered name such as 'skipnet_resnet50.a1_in1k'")
     if not cfg.has_weights:
         raise ValueError(f"no trained weights of {base_of(cfg.architecture)} are published: {name} has no card")
-    full, base = f"{cfg.architecture}.{cfg.tag}", base_of(cfg.architecture)
+    return _twin_card(cfg.architecture, cfg.tag)
+
+
+def _twin_card(architecture: str, tag: str) -> str:
+    """The card of a dynamic network with its base's weights, gates and exits as they are made."""
+    full, base = f"{architecture}.{tag}", base_of(architecture)
     with torch.device("meta"):
         model = timm.create_model(full).eval()
+    publisher = "timm_dynamic ships them" if config_of(f"{base}.{tag}") is not None else "timm publishes them"
     training = (
-        f"The weights are those of `{base}.{cfg.tag}` as timm publishes them, unchanged. "
+        f"The weights are those of `{base}.{tag}` as {publisher}, unchanged. "
         "Gates and exits are not trained: the recipes of timm_dynamic do that."
     )
     return model_card(model, full, base, full, {"training": training}, trained=False)
@@ -219,21 +233,55 @@ def push_to_hub(
         ValueError: if the model cannot be saved, or the name is no repository name.
         HubError: if the Hub cannot be used: no token, a wrong one, no rights, no network.
     """
+    with _uploading(repo_id, token) as folder, hub_errors(repo_id):
+        _save(model, folder, metrics, source=f"hf-hub:{repo_id}")
+        return _push(_api(token), repo_id, folder, private, revision)
+
+
+def push_shipped(
+    full: str, organisation: str, *, private: bool = False, token: str | None = None, revision: str | None = None
+) -> CommitInfo:
+    """Upload a model that ships with the package, file by file as it is there, with its card.
+
+    Args:
+        full: "architecture.tag"; the repository is "organisation/architecture.tag".
+        organisation: or user that the repository is to belong to.
+        private: as for `push_to_hub`.
+        token: as for `push_to_hub`.
+        revision: as for `push_to_hub`.
+
+    Returns:
+        The commit, of the files as they now are on the Hub.
+
+    Raises:
+        ValueError: if there is no such model with weights, or the name is no repository's.
+        HubError: if the Hub cannot be used.
+    """
+    repo_id, source = f"{organisation}/{full}", folder_of(full)
+    if not (source / WEIGHTS).is_file():
+        raise ValueError(f"no weights of {full!r} ship with the package: nothing to upload")
+    with _uploading(repo_id, token) as folder, hub_errors(repo_id):
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(source / name, folder / name)
+        (folder / CARD).write_text(card_of(full) + "\n", encoding="utf-8")
+        return _push(_api(token), repo_id, folder, private, revision)
+
+
+@contextmanager
+def _uploading(repo_id: str, token: str | None) -> Iterator[Path]:
+    """A folder for what is to be uploaded, once it is clear that it can be."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no repository name: wanted 'org/name' ({error})") from error
     if token is None and get_token() is None:
         raise HubError(f"no token to write to {repo_id}: run `hf auth login`, set HF_TOKEN or pass token= ({TOKENS})")
-    with TemporaryDirectory() as folder, hub_errors(repo_id):
-        _save(model, Path(folder), metrics, source=f"hf-hub:{repo_id}")
-        return _push(
-            HfApi(token=token, library_name="timm_dynamic", library_version=__version__),
-            repo_id,
-            Path(folder),
-            private,
-            revision,
-        )
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _api(token: str | None) -> HfApi:
+    return HfApi(token=token, library_name="timm_dynamic", library_version=__version__)
 
 
 def _push(api: HfApi, repo_id: str, folder: Path, private: bool, revision: str | None) -> CommitInfo:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import sys
 from collections import deque
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import timm
 import torchvision
 from timm.models import build_model_with_cfg, register_model
 from timm.models._features import FeatureGetterNet
-from timm.models._pretrained import DefaultCfg
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models.densenet import default_cfgs as densenet_cfgs
 from timm.models.res2net import default_cfgs as res2net_cfgs
 from timm.models.resnest import default_cfgs as resnest_cfgs
@@ -31,6 +32,7 @@ from .cifar import default_cfgs as cifar_cfgs
 from .configs import BudgetConfig
 from .roots import DynamicFeatures
 from .safety import check_saved_model
+from .shipped import shipped, with_saved_arguments
 from .surgery import PARTS, add_channel_gates, add_exits, add_layer_gates
 from .walk import dynamic_of
 
@@ -103,31 +105,51 @@ def is_part(key: str) -> bool:
     return key.split(".", 1)[0] in PARTS
 
 
-def complete(base: str, state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Make base weights loadable into a dynamic model: its own fresh gates and exits join them.
+def complete(
+    base: str,
+    state_dict: dict[str, Tensor],
+    model: nn.Module,
+    *,
+    missing: Collection[str] = (),
+    unused: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Make weights loadable into a dynamic model: its own fresh gates and exits join those of the base.
 
     Weights that have any gate or exit must have them all; exits of another number of classes start afresh.
+
+    Args:
+        base: name of the stock model.
+        state_dict: the weights.
+        model: that they are for.
+        missing: parts that the weights lack, and that start afresh.
+        unused: parts of the weights that the model does without.
     """
     if base in densenet_cfgs:
         state_dict = timm.models.densenet._filter_torchvision_pretrained(state_dict)
+    state_dict = {key: value for key, value in state_dict.items() if key.split(".", 1)[0] not in unused}
     own = {key: value for key, value in model.state_dict().items() if is_part(key)}
     if not any(map(is_part, state_dict)):
         if own:
             _logger.info(f"These are weights of {base}: its gates are open and not trained yet.")
         return {**state_dict, **own}
+    state_dict |= {key: value for key, value in own.items() if key.split(".", 1)[0] in missing}
     for key, value in own.items():
         if key.startswith("exits.") and ".fc." in key and key in state_dict and state_dict[key].shape != value.shape:
             state_dict[key] = value
     return state_dict
 
 
-def _cfgs_of(base: str, cfgs: DefaultCfg) -> DefaultCfg:
-    """The base's pretrained configs, with the base's own place on the Hub written out."""
+def _cfgs_of(base: str, cfgs: DefaultCfg, trained: Mapping[str, PretrainedCfg]) -> DefaultCfg:
+    """The configs of a dynamic network: those of its own trained weights first, then one for each tag of its base.
+
+    The base's place on the Hub is written out.
+    """
     own = {}
     for tag, cfg in cfgs.cfgs.items():
         full = f"timm/{base}.{tag}" if tag else f"timm/{base}"
         own[tag] = dataclasses.replace(cfg, hf_hub_id=full) if cfg.hf_hub_id == "timm/" else cfg
-    return DefaultCfg(tags=deque(cfgs.tags), cfgs=own, is_pretrained=cfgs.is_pretrained)
+    tags = deque([*trained, *(tag for tag in cfgs.tags if tag not in trained and (tag or not trained))])
+    return DefaultCfg(tags=tags, cfgs={**own, **trained}, is_pretrained=cfgs.is_pretrained or bool(trained))
 
 
 def _publish(fn: Any, name: str, doc: str) -> Any:
@@ -152,21 +174,22 @@ def _through_gates(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != "feature_cls"}
 
 
-def _register_timm(prefix: str, base: str, cfgs: DefaultCfg) -> None:
+def _register_timm(prefix: str, base: str, cfgs: DefaultCfg, trained: Mapping[str, PretrainedCfg]) -> None:
     name = f"{prefix}_{base}"
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         kwargs = _through_gates(name, check_saved_model(name, pretrained, kwargs))
+        saved = with_saved_arguments(name, pretrained, kwargs)
         return build_model_with_cfg(
             partial(_build_timm, base, METHODS[prefix]),
             name,
             pretrained,
             feature_cfg={"feature_cls": DynamicFeatures, "out_indices": tuple(range(4 if base in cifar_cfgs else 5))},
-            pretrained_filter_fn=partial(complete, base),
-            **kwargs,
+            pretrained_filter_fn=partial(complete, base, missing=saved.missing, unused=saved.unused),
+            **saved.kwargs,
         )
 
-    default_cfgs[name] = _cfgs_of(base, cfgs)
+    default_cfgs[name] = _cfgs_of(base, cfgs, trained)
     register_model(_publish(entry, name, f"`{base}` of timm with the parts of {prefix}; see `add_parts`."))
 
 
@@ -182,11 +205,12 @@ def _register_torchvision(prefix: str, base: str, builder: Any) -> None:
     torchvision_api.register_model(name)(entry)
 
 
+_trained = shipped()
 for _module, (_base_cfgs, _prefixes) in BASES.items():
     for _base in timm.list_models(module=_module):
         if _base in _base_cfgs:
             for _prefix in _prefixes:
-                _register_timm(_prefix, _base, _base_cfgs[_base])
+                _register_timm(_prefix, _base, _base_cfgs[_base], _trained.get(f"{_prefix}_{_base}", {}))
 for _base in torchvision_api.list_models(module=torchvision.models):
     _builder = torchvision_api.get_model_builder(_base)
     if _builder.__module__ in (tv_resnet.__name__, tv_densenet.__name__):

@@ -60,7 +60,7 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
             base if pretrained else name,
             pretrained=pretrained,
             num_classes=len(data.classes),
-            pretrained_cfg_overlay=None if pretrained else overlay,
+            pretrained_cfg_overlay=None if pretrained else {**overlay, "tag": None},  # no weights of any tag
         )
     except RuntimeError as error:
         raise RunError(f"--model {settings.model}: {error}") from error

@@ -16,6 +16,7 @@ from . import tables
 from .demo import demo
 from .errors import BadInput, CommandError
 
+BATCH = 64  # images evaluated at once, where nothing else is asked for
 COUNTED = 40  # a list of at most this many networks counts parameters and MACs
 EXIT_CODES = "Exit codes: 0 done; 1 the network, the Hub or something unexpected failed; 2 wrong input."
 
@@ -186,7 +187,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Folder in --data to use. Default: val if there is one, else --data itself.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = BATCH,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 0,
     device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
     budget_fraction: Fraction = None,
@@ -339,8 +340,17 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of
 
 @app.command(epilog=EXIT_CODES)
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of save_pretrained.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="org/name on the Hub; made if it does not exist.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder of a run, or of save_pretrained.", show_default=False)
+    ] = None,
+    repo_id: Annotated[
+        str | None,
+        typer.Argument(metavar="REPO_ID", help="org/name on the Hub; made if it does not exist.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        str | None,
+        typer.Option("--all", metavar="ORG", help="Upload every model that ships with the package, each to ORG/NAME."),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist; default: main.")] = None,
     as_json: Json = False,
@@ -350,9 +360,18 @@ def publish(
     The token is that of `hf auth login` or HF_TOKEN.
     """
     with one_line_errors():
-        from .runs import publish as upload
+        from . import runs
 
-        done = upload(folder, repo_id, private, revision)
+        if everything is not None and folder is None:
+            uploaded = runs.publish_all(everything, private, revision)
+            for row in uploaded if not as_json else ():
+                typer.echo(f"{row['repo']} holds {row['name']}: {row['url']}")
+            if as_json:
+                _print_json(uploaded)
+            return
+        if everything is not None or folder is None or repo_id is None:
+            raise BadInput("give DIR and REPO_ID, or --all ORG for the models that ship with the package")
+        done = runs.publish(folder, repo_id, private, revision)
         _print_json(done) if as_json else typer.echo(f"{done['repo']} holds {folder}: {done['url']}")
 
 
@@ -361,9 +380,9 @@ def card(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A registered name, such as skipnet_resnet50.a1_in1k.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: stdout.")] = None,
 ) -> None:
-    """Write the model card of a network with its base's weights, whose gates are not trained yet.
+    """Write the model card of a registered network: with the trained weights that ship with the package, or its base's.
 
-    Trained networks get theirs with `publish`.
+    The model of a run gets its card with `publish`.
     """
     with one_line_errors():
         from .runs import card as write

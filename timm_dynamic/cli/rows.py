@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ChannelGateConfig, CostTable, Decisions, LayerGateConfig, cost_table, decide
 from ..budgets import default_input_size
-from ..evaluation import evaluate
+from ..evaluation import costs_of, evaluate
 from ..registry import METHODS
 from ..walk import table_for
 from .errors import BadInput, bad_input
@@ -237,7 +237,7 @@ def evaluate_row(
     """Accuracy and cost over a loader, and how the images spread over the exits."""
     with bad_input():
         found = evaluate(model.to(device), loader, device)
-        stops = cost_table(model, input_size).exits
+        stops = costs_of(model, input_size).exits
     row = found.to_dict()
     shares = row.pop("exit_shares")
     exits = [

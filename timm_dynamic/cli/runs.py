@@ -1,10 +1,11 @@
-"""What is done with the folder of a run: its report, and its way to the Hub; and the cards of what is not trained."""
+"""What is done with the folder of a run: its report, and its way to the Hub; and the cards of registered models."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from .errors import Failed, bad_input, one_line
+from ..safety import WEIGHTS
+from .errors import BadInput, Failed, bad_input, one_line
 
 RESULTS = ("dense", "dynamic", "exits", "budgets", "dataset")  # of summary.json, as `push_to_hub` takes them
 
@@ -49,16 +50,49 @@ def publish(folder: Path, repo_id: str, private: bool, revision: str | None) -> 
     return {"repo": str(commit.repo_url.repo_id), "commit": commit.oid, "url": commit.commit_url}
 
 
+def publish_all(organisation: str, private: bool, revision: str | None) -> list[dict[str, Any]]:
+    """Upload every model that ships with the package, each to a repository of its own.
+
+    Args:
+        organisation: or user that the repositories are to belong to.
+        private: whether they are to be private.
+        revision: a branch; None: main.
+
+    Returns:
+        For each model its name, its repository, its commit and their address.
+
+    Raises:
+        BadInput: if none ship with the package, or the organisation can have no repositories.
+        Failed: if the Hub cannot be used; what was uploaded before stays, and is not uploaded again.
+    """
+    from ..hub import HubError, push_shipped
+    from ..shipped import folder_of, names
+
+    found = [name for name in names() if (folder_of(name) / WEIGHTS).is_file()]
+    if not found:
+        raise BadInput("no weights ship with this package: give DIR and REPO_ID for a run's")
+    done: list[dict[str, Any]] = []
+    for name in found:
+        try:
+            with bad_input():
+                commit = push_shipped(name, organisation, private=private, revision=revision)
+        except HubError as error:
+            raise Failed(f"{name}: {one_line(error)} ({len(done)} of {len(found)} models are uploaded)") from error
+        repository = str(commit.repo_url.repo_id)
+        done.append({"name": name, "repo": repository, "commit": commit.oid, "url": commit.commit_url})
+    return done
+
+
 def card(name: str, output: Path | None) -> str:
-    """The model card of a registered network whose gates are not trained yet; written to `output` if there is one.
+    """The model card of a registered network, with trained weights or its base's; written to `output` if there is one.
 
     Raises:
         BadInput: if there is no such network, its base has no trained weights, or the file cannot be written.
     """
-    from ..hub import twin_card
+    from ..hub import card_of
 
     with bad_input(ValueError, OSError):
-        text = twin_card(name) + "\n"
+        text = card_of(name) + "\n"
         if output is not None:
             output.write_text(text, encoding="utf-8")
     return text
