@@ -18,10 +18,12 @@ ORDER = [
     *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),
-    *("benchmark_train", "registry", "", "cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs"),
-    *("cli.tables", "cli.export", "cli.benchmark", "cli.app", "cli"),
+    *("benchmark_train", "analyses", "feature_change", "trade_off", "claims", "claim_numbers", "paper_claims"),
+    *("sections_cost", "sections_images", "analysis_report"),
+    *("registry", "", "cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs"),
+    *("cli.tables", "cli.export", "cli.benchmark", "cli.analyses", "cli.report", "cli.app", "cli"),
 ]
-HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")
+HEAVY = ("accelerate", "sklearn", "scipy", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml")
 
 
 def name_of(path: Path) -> str:

@@ -14,6 +14,7 @@ from ..configs import CHANNEL_GATE_MODES, LAYER_GATE_KINDS
 from ..version import __version__
 from . import tables
 from .errors import BadInput, CommandError
+from .report import report
 
 COUNTED = 40  # a list of at most this many networks counts parameters and MACs
 EXIT_CODES = "Exit codes: 0 done; 1 the network, the Hub or something unexpected failed; 2 wrong input."
@@ -321,13 +322,7 @@ def export(
         onnx.check(row)
 
 
-@app.command(epilog=EXIT_CODES)
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")]) -> None:
-    """Make a run's report.html again from its summary.json and metrics.jsonl."""
-    with one_line_errors():
-        from .runs import report as write
-
-        typer.echo(write(folder))
+app.command(epilog=EXIT_CODES)(one_line_errors()(report))
 
 
 @app.command(epilog=EXIT_CODES)
