@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -166,17 +165,6 @@ def cheapest_equal(points: Sequence[Point], accuracy: float, within: float = EQU
     """The cheapest point whose accuracy is no more than `within` below `accuracy`; None if there is none."""
     equal = [point for point in points if point.accuracy >= accuracy - within]
     return min(equal, key=lambda point: point.macs) if equal else None
-
-
-def paired_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Difference in accuracy of two networks on the same images, and twice its standard error.
-
-    Args:
-        a: whether each image was right, [N].
-        b: likewise.
-    """
-    each = a.double() - b.double()
-    return each.mean().item(), 2 * each.std(correction=0).item() / math.sqrt(len(each))
 
 
 @dataclass(frozen=True)

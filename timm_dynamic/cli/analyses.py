@@ -39,8 +39,8 @@ class Request:
     device: str | None
     threads: int | None
 
-    def batches(self, folder: Folder, places: Sequence[int] | None = None) -> Batches:
-        """The images of a folder, all or some."""
+    def batches(self, folder: Folder, places: Sequence[int]) -> Batches:
+        """The images at some places of a folder."""
         return Batches(folder, self.batch_size, self.workers, places)
 
 

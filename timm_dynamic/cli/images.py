@@ -1,7 +1,7 @@
 """From files to batches: images, folders of images, and the names of classes."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from ..budgets import default_input_size
 from .errors import BadInput, bad_input, one_line
 
+KEPT_BYTES = 2**28  # of images that are kept in memory where they are needed many times
 MODES = {1: "L", 3: "RGB"}  # input channels of a network -> mode of PIL
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for damaged files
 
@@ -155,14 +156,15 @@ def batches(
         yield x, y
 
 
-@dataclass(frozen=True)
 class Batches:
-    """`batches` that can be gone through again and again."""
+    """`batches` that can be gone through again and again; few enough images are kept in memory."""
 
-    folder: Folder
-    batch_size: int
-    workers: int
-    places: Sequence[int] | None = None
+    def __init__(self, folder: Folder, batch_size: int, workers: int, places: Sequence[int]) -> None:
+        self.read = partial(batches, folder, batch_size, workers, places)
+        self.small = len(places) * 4 * math.prod(folder.prepare.input_size) <= KEPT_BYTES
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return batches(self.folder, self.batch_size, self.workers, self.places)
+        if self.small and not self.kept:
+            self.kept = list(self.read())
+        return iter(self.kept) if self.small else self.read()
