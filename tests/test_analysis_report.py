@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import timm_dynamic as td
-from timm_dynamic.analysis_report import Images, Subject, analyse
+from timm_dynamic.analysis_report import Images, Subject, Work, analyse
 from timm_dynamic.cli import app
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.paper_claims import PAPER_CLAIMS
@@ -209,11 +210,14 @@ def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:
     model = network("layer")
     plain = named(timm.create_model("resnet20_cifar", num_classes=3))
     noted = Subject("net", model, summary={"dense": {"accuracy": 0.75, "macs": 1e7}})
-    found = analyse(noted, [], images, rounds=1).numbers()
-    assert found["cost"]["dense"] == (0.75, 1e7)
-    assert "--held-out" in analyse(Subject("net", model), [Subject("small", plain)], images, rounds=1).html()
-    beside = analyse(noted, [Subject("small", plain)], images, rounds=1).numbers()
-    assert beside["cost"]["dense"][0] == (plain(x).argmax(1) == y).double().mean().item()
+    assert Work(noted, [], images).dense == (0.75, 1e7)
+    assert Work(Subject("net", model), [], images).dense is None
+    wanted = (plain(x).argmax(1) == y).double().mean().item()
+    for subject, others in ((noted, [Subject("small", plain)]), (replace(noted, base=plain), [])):
+        assert Work(subject, others, images).dense == (wanted, td.cost_table(plain, (3, SIZE, SIZE)).dense)
+    smaller = named(timm.create_model("resnet32_cifar", num_classes=3))
+    assert Work(noted, [Subject("other", smaller)], images).dense == (0.75, 1e7)
+    assert "--held-out" in analyse(Subject("net", model), [], images, rounds=1).html()
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_tiles() -> None:
 
 def test_dangerous_names_are_shown_as_they_are(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "<b>&"
-    save_pretrained(network("layer"), folder)
+    save_pretrained(named(timm.create_model("resnet20_cifar", num_classes=3)), folder)
     done = command(folder, "--data", data, "--images", 6, "--rounds", 1, "-o", tmp_path / "x.html")
     assert done.exit_code == 0, done.output
     text = (tmp_path / "x.html").read_text(encoding="utf-8")

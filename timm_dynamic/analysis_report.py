@@ -154,7 +154,7 @@ def analyse(
         ValueError: if there are no images, or too few are held out.
         ImportError: if matplotlib or scipy is missing.
     """
-    work = _Work(subject, beside, images, targets, watch)
+    work = Work(subject, beside, images, targets, watch)
     sections = [*work.cost(), work.units(), decisions_section(work.network, subject.summary), work.looks()]
     sections += [work.scales(), work.classes(), work.features(), training(subject.metrics, work.dense_macs)]
     sections += [work.confidence(), work.time(rounds)]
@@ -168,17 +168,18 @@ def analyse(
     return Analysis(f"{subject.name}: what it does, and what the papers claim", intro, sections)
 
 
-class _Work:
-    """What is measured, and what later parts need of it."""
+class Work:
+    """What is measured, and what later parts need of it; `dense` are accuracy and MACs of the dense base."""
 
     def __init__(
         self,
         subject: Subject,
         beside: Sequence[Subject],
         images: Images,
-        targets: Sequence[float],
-        watch: Watch,
+        targets: Sequence[float] = FRACTIONS,
+        watch: Watch = lambda text: None,
     ) -> None:
+        """Look at all images with each network; for the arguments see `analyse`."""
         self.subject, self.images, self.targets, self.watch = subject, images, targets, watch
         self.network = self._look(subject)
         self.beside = [self._look(one) for one in beside]
@@ -200,7 +201,7 @@ class _Work:
         if base is not None:
             found = self._look(Subject("dense base", base)).evaluation
             return found.accuracy, found.macs
-        wanted = families.model_name(self.subject.model).split("_", 1)[-1]
+        wanted = _base_name(self.subject.model)
         for one in self.beside:
             if not one.dynamic and families.model_name(one.model) == wanted:
                 return one.evaluation.accuracy, one.evaluation.macs
@@ -314,6 +315,12 @@ class _Work:
         """What the claims are judged by."""
         dataset = dataset_of(self.subject.settings, self.images.classes)
         return Evidence(self.network, dataset, self.beside, self.dense, studies=studies, **self.known)
+
+
+def _base_name(model: nn.Module) -> str:
+    """Name of the stock network that a dynamic one is made from: "resnet20_cifar"."""
+    prefix, _, base = families.model_name(model).partition("_")
+    return base if prefix in ("skipnet", "iadi", "ddi") else f"{prefix}_{base}".rstrip("_")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -17,6 +17,7 @@ from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
 PURPLE, BROWN = "#7a4fb0", "#8a6d3b"
 OTHERS = (GREEN, PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00")
 MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE)}
+UNITS = "Skip ratio of every unit"
 WIDTH, HEIGHT = 5.2, 3.5  # inches: letters are then of a size that can be read on a phone
 
 
@@ -155,6 +156,8 @@ def units_section(network: Network, beside: Sequence[Network]) -> Section:
     table_of = network.observed.table
     firsts = [i == 0 or table_of.units[i - 1].stage != unit.stage for i, unit in enumerate(table_of.units)]
     series = _skip_series([network, *beside], len(firsts))
+    if not series:
+        return Section("units", UNITS, [paragraph("No network here has gates: every unit runs.")], {})
     figure, axes = chart(3.8)
     for (label, values), colour in zip(series.items(), cycle((BLUE, ORANGE, *OTHERS)), strict=False):
         places = [i for i, value in enumerate(values) if value is not None and not math.isnan(value)]
@@ -174,7 +177,7 @@ def units_section(network: Network, beside: Sequence[Network]) -> Section:
         body.append((unit.name + (" (first of its stage)" if firsts[i] else ""), *cells))
     parts = [svg(figure, "units", caption), table(("unit", *series), body)]
     numbers = {label: dict(zip((u.name for u in table_of.units), v, strict=True)) for label, v in series.items()}
-    return Section("units", "Skip ratio of every unit", parts, numbers)
+    return Section("units", UNITS, parts, numbers)
 
 
 def _skip_series(networks: Sequence[Network], count: int) -> dict[str, list[float | None]]:
