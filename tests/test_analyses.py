@@ -21,6 +21,7 @@ from timm_dynamic.analyses import (
     rank_correlation,
     reliability,
     scale_sweep,
+    shown_p,
     signed_rank,
 )
 from timm_dynamic.evaluation import evaluate
@@ -125,6 +126,10 @@ def test_what_only_classes_differ_in_is_gone_within_classes() -> None:
     found = differences(made([8] * 40 + [1] * 40, classes, bright.tolist()), torch.arange(40), torch.arange(40, 80))[0]
     assert found.p < 1e-6
     assert found.p_in_class > 0.05
+
+
+def test_p_values_are_readable() -> None:
+    assert (shown_p(0.0234), shown_p(3e-5), shown_p(0.0)) == ("0.023", "3e-05", "1e-09 or less")
 
 
 # What networks do ----------------------------------------------------------------------------------------------------

@@ -189,12 +189,15 @@ def test_claims_are_judged_from_what_was_given(made: tuple[str, dict[str, Any]])
 
 
 def test_some_images_of_a_plain_network(data: Path, tmp_path: Path) -> None:
-    save_pretrained(named(timm.create_model("resnet20_cifar", num_classes=3)), tmp_path)
-    page = tmp_path / "plain.html"
-    done = command(tmp_path, "--data", data, "--images", 10, "--rounds", 1, "-o", page, "--json")
+    folder, other = tmp_path / "a" / "net", tmp_path / "b" / "net"
+    for place in (folder, other):
+        save_pretrained(named(timm.create_model("resnet20_cifar", num_classes=3)), place)
+    page, few = tmp_path / "plain.html", ("--images", 10, "--rounds", 1)
+    done = command(folder, "--data", data, "--beside", other, *few, "-o", page, "--json")
     assert done.exit_code == 0, done.output
     numbers = json.loads(done.stdout)
     assert numbers["decisions"]["images"] == 10
+    assert [point["network"] for point in numbers["cost"]["points"]] == [str(folder), str(other)]  # not both "net"
     assert (numbers["looks"], numbers["scales"], numbers["training"]) == (None, None, None)
     text = page.read_text(encoding="utf-8")
     Checked(text)
@@ -223,6 +226,7 @@ def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("RUN", "--data", "DATA", "--beside", "RUN"), "is named twice"),
         (("local-dir:x", "--beside", "y"), "--beside goes with --data"),
         (("local-dir:x", "--json"), "--json goes with --data"),
         (("no-such-net", "--data", "DATA"), "no model 'no-such-net'"),

@@ -21,6 +21,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
 GROUP = 0.1  # share of the images that are called easy, and hard
 BINS = 15
+LEAST_P = 1e-9  # smaller ones are not told apart
 SURE = 0.05  # p-values below this are no chance
 
 
@@ -219,6 +220,11 @@ def mann_whitney(a: Tensor, b: Tensor) -> tuple[float, float]:
 
     result = mannwhitneyu(a.numpy(), b.numpy(), alternative="two-sided")
     return float(result.statistic) / (len(a) * len(b)), float(result.pvalue)
+
+
+def shown_p(p: float) -> str:
+    """A p-value as one reads it."""
+    return f"{p:.2g}" if p >= LEAST_P else f"{LEAST_P:g} or less"
 
 
 # Classes -------------------------------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ class Work:
             models[name] = optimize_for_inference(model), _mean_macs(model, x) / self.dense_macs
         threads = torch.get_num_threads()
         device = x.device.type if x.device.type != "cpu" else platform.machine()
-        return time_section(time_side_by_side(models, x, rounds, threads), threads, device)
+        return time_section(time_side_by_side(models, x, rounds, threads), len(x), threads, device)
 
     def evidence(self, studies: Sequence[Study]) -> Evidence:
         """What the claims are judged by."""
@@ -354,8 +354,8 @@ def _claims_section(rows: Sequence[Judged], studies: Sequence[Study]) -> Section
         lines.append(line.replace("<tr>", '<tr class="none">', 1) if one.found == NOT_RUN else line)
     parts = ['<div class="scroll"><table class="claims">', *lines, "</table></div>"]
     counts = {found: sum(one.found == found for one in rows) for found in dict.fromkeys(one.found for one in rows)}
-    summary = ", ".join(f"{count} {found}" for found, count in counts.items())
-    text = f"{len(rows)} claims: {summary}. 'Within noise': nearer to the line than chance alone would bring it."
+    summary = "; ".join(f"{found}: {count}" for found, count in sorted(counts.items()))
+    text = f"Of {len(rows)} claims {summary}. 'Within noise': nearer to the line than chance alone would bring it."
     parts.insert(0, paragraph(text))
     judged = [(study.title, claim) for study in studies for claim in study.claims]
     if judged:

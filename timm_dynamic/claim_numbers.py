@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import families
-from .analyses import SURE, signed_rank
+from .analyses import SURE, shown_p, signed_rank
 from .claims import AGREES, DISAGREES, NOISE, Evidence, Find, Outcome, verdict
 from .comparison import Claim, judge
 from .feature_change import at_equal_cost
@@ -182,7 +182,7 @@ def look(what: str) -> Find:
         for one in evidence.looks:
             if one.what == what:
                 number = f"{one.easy:.3f} against {one.hard:.3f}; more in {100 * one.effect:.0f} % of pairs"
-                number += f", p = {one.p:.2g}"
+                number += f", p = {shown_p(one.p)}"
                 return Outcome(number, verdict(one.effect - 0.5, 0) if one.p < SURE else NOISE)
         return None
 
@@ -197,7 +197,7 @@ def larger_scales(evidence: Evidence) -> Outcome | None:
     more = (high.ran - low.ran).double()
     number = f"{low.ran.double().mean():.2f} at scale {low.scale:g}, {high.ran.double().mean():.2f} at {high.scale:g}"
     p = signed_rank(more)
-    return Outcome(f"{number}; p = {p:.2g}", verdict(more.mean().item(), 0) if p < SURE else NOISE)
+    return Outcome(f"{number}; p = {shown_p(p)}", verdict(more.mean().item(), 0) if p < SURE else NOISE)
 
 
 def easy_classes(evidence: Evidence) -> Outcome | None:
@@ -205,7 +205,7 @@ def easy_classes(evidence: Evidence) -> Outcome | None:
     if len(evidence.classes) < 3:
         return None
     rank, p = evidence.class_rank
-    number = f"rank correlation {rank:+.2f} over {len(evidence.classes)} classes, p = {p:.2g}"
+    number = f"rank correlation {rank:+.2f} over {len(evidence.classes)} classes, p = {shown_p(p)}"
     return Outcome(number, verdict(rank, 0) if p < SURE else NOISE)
 
 

@@ -222,8 +222,8 @@ def decisions_section(network: Network, summary: dict[str, Any]) -> Section:
 # Time and training ---------------------------------------------------------------------------------------------------
 
 
-def time_section(times: Sequence[Timed], threads: int, machine: str) -> Section:
-    """Milliseconds beside MACs; the first row is the dense network."""
+def time_section(times: Sequence[Timed], images: int, threads: int, machine: str) -> Section:
+    """Milliseconds beside MACs on some images; the first row is the dense network."""
     dense = times[0]
     figure, axes = chart()
     for one, colour in zip(times, cycle((INK, BLUE, ORANGE, *OTHERS)), strict=False):
@@ -245,8 +245,9 @@ def time_section(times: Sequence[Timed], threads: int, machine: str) -> Section:
     ]
     header = ("network", "MACs", "ms (processor)", "ms (wall clock)", "time of dense", "realised ratio")
     text = (
-        f"Batch 1, {threads} thread{'s' if threads > 1 else ''}, {machine}; every network as optimize_for_inference "
-        "makes it, timed in turns, medians. Realised ratio: share of the skipped multiply-adds that is saved time."
+        f"{images} images, one at a time, {threads} thread{'s' if threads > 1 else ''}, {machine}; every network as "
+        "optimize_for_inference makes it, timed in turns, medians. Realised ratio: share of the skipped multiply-adds "
+        "that is saved time."
     )
     parts = [svg(figure, "time", caption), table(header, rows), paragraph(text)]
     return Section("time", "Time beside multiply-adds", parts, [dataclasses.asdict(one) for one in times])

@@ -21,6 +21,7 @@ from .analyses import (
     differences,
     easy_and_hard,
     rank_correlation,
+    shown_p,
     signed_rank,
 )
 from .feature_change import KINDS, MAP_KEEP, Change, distance
@@ -66,7 +67,9 @@ def looks_section(observed: Observed, pixels: Pixels) -> tuple[Section, list[Dif
     rows += [_difference_row(one) for one in found]
     header = ("mean of", "easy", "hard", "easy has more", "p", "within classes", "p within")
     ranks = [rank_correlation(skipped.tolist(), observed.rows["looks"][:, k].tolist()) for k in range(len(found))]
-    over_all = ", ".join(f"{one.what} {rank:+.3f} (p = {p:.2g})" for one, (rank, p) in zip(found, ranks, strict=True))
+    over_all = ", ".join(
+        f"{one.what} {rank:+.3f} (p {shown_p(p)})" for one, (rank, p) in zip(found, ranks, strict=True)
+    )
     turned = "The images that skip most are recognised less often than those that skip least. "
     text = f"{turned if shares[0] < shares[1] else ''}{TESTED} Rank correlation with the skipped {word} over all "
     text += f"{len(observed):,} images: {over_all}."
@@ -86,9 +89,9 @@ def _difference_row(one: Difference) -> tuple[str, ...]:
         f"{one.easy:.3f}",
         f"{one.hard:.3f}",
         percent(one.effect),
-        f"{one.p:.2g}",
+        shown_p(one.p),
         percent(one.effect_in_class),
-        f"{one.p_in_class:.2g}",
+        shown_p(one.p_in_class),
     )
 
 
@@ -145,7 +148,7 @@ def scales_section(scales: Sequence[Scale], word: str | None) -> Section:
         row |= {"ran": one.ran.double().mean().item(), "more": more.mean().item()}
         row["deviation"] = more.std(correction=0).item()
         numbers.append(row)
-        shown = (f"{row['ran']:.2f}", f"{row['more']:+.2f}", f"{row['deviation']:.2f}", f"{p:.2g}")
+        shown = (f"{row['ran']:.2f}", f"{row['more']:+.2f}", f"{row['deviation']:.2f}", shown_p(p))
         rows.append((f"{one.scale:g}", " x ".join(map(str, one.pixels)), *shown, percent(one.accuracy, 2)))
     text = "Images are resized after they were prepared. p: Wilcoxon signed-rank test of the difference from scale 1."
     return Section("scales", title, [svg(figure, "scales", caption), table(header, rows), paragraph(text)], numbers)
@@ -168,7 +171,7 @@ def classes_section(observed: Observed, rows: Sequence[ClassRow], rank: tuple[fl
     ordered = sorted(rows, key=lambda row: -row.accuracy)
     body = [_class_cells(row) for row in ordered]
     chance = "" if rank[1] < SURE else ": no more than chance"
-    text = f"Rank correlation of the two over {len(rows)} classes: {rank[0]:+.2f}, p = {rank[1]:.2g}{chance}."
+    text = f"Rank correlation of the two over {len(rows)} classes: {rank[0]:+.2f}, p = {shown_p(rank[1])}{chance}."
     parts = [svg(figure, "classes", caption), table(header, body), paragraph(text)]
     parts += _two_classes(observed, ordered)
     numbers = {"classes": [dataclasses.asdict(row) for row in rows], "rank": rank[0], "p": rank[1]}

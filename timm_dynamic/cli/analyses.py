@@ -72,6 +72,7 @@ def analyse_named(request: Request, wanted: Wanted) -> Analysis:
         subject = _subject(request.name, device)
         images, places = _images(request, subject, root, wanted)
         others = [_beside(request, name, device, root, places) for name in wanted.beside]
+        subject, *others = _told_apart([subject, *others], [request.name, *wanted.beside])
         with bad_input():
             targets = tuple(wanted.targets or FRACTIONS)
             return analyse(subject, others, images, read, targets=targets, rounds=wanted.rounds, watch=_watch)
@@ -83,6 +84,16 @@ def analyse_named(request: Request, wanted: Wanted) -> Analysis:
 
 def _watch(text: str) -> None:
     typer.echo(f"report: {text}", err=True)
+
+
+def _told_apart(subjects: Sequence[Subject], given: Sequence[str]) -> list[Subject]:
+    """Networks whose names are not shown twice: what was given takes the place of equal names."""
+    shown = [one.name for one in subjects]
+    if len(set(given)) < len(given):
+        raise BadInput(f"a network is named twice: {next(name for name in given if given.count(name) > 1)}")
+    return [
+        replace(one, name=name) if shown.count(one.name) > 1 else one for one, name in zip(subjects, given, strict=True)
+    ]
 
 
 def _beside(request: Request, name: str, device: str, root: Path, places: Sequence[int]) -> Subject:

@@ -58,20 +58,8 @@ def report(
     our numbers. Without --data the report.html of a finished run is made again from its summary.json and metrics.jsonl.
     """
     if data is None:
-        others = {
-            "--beside": beside,
-            "--held-out": held_out,
-            "--target": target,
-            "--study": study,
-            "--images": images,
-            "--output": output,
-        }
-        given = [option for option, value in others.items() if value]
-        if given or as_json:
-            raise BadInput(f"{(given or ['--json'])[0]} goes with --data: the folder of images to look at")
-        from .runs import report as write
-
-        typer.echo(write(Path(name.removeprefix("local-dir:"))))
+        options = {"--beside": beside, "--held-out": held_out, "--target": target, "--study": study, "--images": images}
+        _again(name, {**options, "--output": output, "--json": as_json})
         return
     from .analyses import Request, Wanted, analyse_named, run_folder
 
@@ -82,3 +70,13 @@ def report(
     with bad_input(OSError, about=f"{path} cannot be written"):
         path.write_text(found.html(), encoding="utf-8")
     typer.echo(json.dumps({"report": str(path), **found.numbers()}, indent=2) if as_json else str(path))
+
+
+def _again(name: str, options: dict[str, object]) -> None:
+    """Make a run's page again, to which no option of the analyses belongs."""
+    given = [option for option, value in options.items() if value]
+    if given:
+        raise BadInput(f"{given[0]} goes with --data: the folder of images to look at")
+    from .runs import report as write
+
+    typer.echo(write(Path(name.removeprefix("local-dir:"))))
