@@ -170,11 +170,13 @@ def test_numbers_agree_with_each_other(made: tuple[str, dict[str, Any]]) -> None
     assert set(numbers["units"]) == {"sp-run: layers", "channels: channels"}
     assert sum(row["images"] for row in numbers["classes"]["classes"]) == 24
     assert [row["scale"] for row in numbers["scales"]] == [0.5, 0.75, 1.0, 1.25, 1.5]
-    assert [row["exit"] for row in numbers["confidence"]] == ["exit 0", "exit 1", "head", "channels, head"]
+    assert [row["exit"] for row in numbers["confidence"]] == ["exit 0", "exit 1", "head", "dense base, head"]
     assert numbers["confidence"][2]["accuracy"] == pytest.approx(own["accuracy"])
     assert numbers["training"] == ROWS
     assert [one["name"] for one in numbers["time"]][:2] == ["dense", "sp-run"]
     assert f"{100 * own['accuracy']:.2f} %" in made[0]
+    assert "Calibrated on 50 images of" in made[0]
+    assert "do not say" not in made[0]  # the run held out as many
 
 
 def test_claims_are_judged_from_what_was_given(made: tuple[str, dict[str, Any]]) -> None:
@@ -227,6 +229,7 @@ def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:
     ("args", "message"),
     [
         (("RUN", "--data", "DATA", "--beside", "RUN"), "is named twice"),
+        (("RUN", "--data", "DATA", "-o", "/no/such/page.html"), "no folder /no/such to write page.html to"),
         (("local-dir:x", "--beside", "y"), "--beside goes with --data"),
         (("local-dir:x", "--json"), "--json goes with --data"),
         (("no-such-net", "--data", "DATA"), "no model 'no-such-net'"),

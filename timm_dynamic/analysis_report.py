@@ -184,6 +184,8 @@ class Work:
         self.network = self._look(subject)
         self.beside = [self._look(one) for one in beside]
         self.dense_macs = float(self.network.evaluation.dense_macs)
+        base = subject.base
+        self.base = None if base is None else self._look(Subject("dense base", base))
         self.dense = self._dense()
         self.points: list[Point] = []
         self.known: dict[str, Any] = {}  # what the claims are judged by
@@ -197,10 +199,8 @@ class Work:
 
     def _dense(self) -> tuple[float, float] | None:
         """Accuracy and MACs of the dense base: measured if it is there, else as noted with the weights."""
-        base = self.subject.base
-        if base is not None:
-            found = self._look(Subject("dense base", base)).evaluation
-            return found.accuracy, found.macs
+        if self.base is not None:
+            return self.base.evaluation.accuracy, self.base.evaluation.macs
         wanted = _base_name(self.subject.model)
         for one in self.beside:
             if not one.dynamic and families.model_name(one.model) == wanted:
@@ -283,9 +283,9 @@ class Work:
         )
 
     def confidence(self) -> Section:
-        """Reliability of every exit; of a dense base that is beside it too."""
+        """Reliability of every exit; of the dense base too, if it is there."""
         found = []
-        for one in (self.network, *self.beside):
+        for one in (self.network, *([self.base] if self.base is not None else [])):
             names = [f"exit {k}" for k in range(len(one.observed.table.exits) - 1)] + ["head"]
             for k, name in enumerate(names):
                 shown = name if one is self.network else f"{one.name}, {name}"

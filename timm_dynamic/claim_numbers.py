@@ -249,10 +249,11 @@ def gradual(accuracy: bool) -> Find:
         where = f"at {low:.0f} to {high:.0f} % of the MACs"
         if accuracy:
             noise = 2 * math.sqrt((layers * (1 - layers) + channels * (1 - channels)) / evidence.changes[0].images)
-            number = f"accuracy {100 * channels:.1f} against {100 * layers:.1f} % {where}"
+            number = f"left out at random: accuracy {100 * channels:.1f} against {100 * layers:.1f} % {where}"
             return Outcome(number, verdict(channels - layers, noise))
         noise = 2 * max(one.error for one in evidence.changes)
-        return Outcome(f"features {channels:.3f} against {layers:.3f} off {where}", verdict(layers - channels, noise))
+        number = f"left out at random: features {channels:.3f} against {layers:.3f} off {where}"
+        return Outcome(number, verdict(layers - channels, noise))
 
     return find
 

@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 from .claim_numbers import channel_skips, layer_skips
@@ -53,8 +53,9 @@ def chart(height: float = HEIGHT) -> tuple[Any, Any]:
 
 
 def legend(axes: Any, columns: int = 2) -> None:
-    """A legend below the axes, where it covers nothing."""
-    axes.legend(frameon=False, fontsize=8, ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.17))
+    """A legend below the axes, where it covers nothing; none if nothing has a label."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower left")
 
 
 # Accuracy over cost --------------------------------------------------------------------------------------------------
@@ -166,33 +167,37 @@ def units_section(network: Network, beside: Sequence[Network]) -> Section:
         axes.axvline(place, color=INK, lw=0.8, ls=":")
         axes.plot([place], [104], "v", color=GREEN, ms=8, clip_on=False)
     if len(firsts) <= 20:
-        names = [unit.name.removeprefix("layer") for unit in table_of.units]
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+        ticks = [unit.name.removeprefix("layer") for unit in table_of.units]
+        axes.set_xticks(range(len(ticks)), ticks, rotation=60, ha="right", fontsize=7)
     axes.set(ylabel="skipped (%)", xlabel="unit, from the first to the last", ylim=(0, 105))
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.27))
+    legend(axes, 1)
     caption = "Share of images that skip a unit, and of its hidden channels; first units of stages have a green mark."
     body = []
     for i, unit in enumerate(table_of.units):
         cells = [_skip_cell(values[i]) for values in series.values()]
         body.append((unit.name + (" (first of its stage)" if firsts[i] else ""), *cells))
     parts = [svg(figure, "units", caption), table(("unit", *series), body)]
-    numbers = {label: dict(zip((u.name for u in table_of.units), v, strict=True)) for label, v in series.items()}
+    names = [unit.name for unit in table_of.units]
+    known = {label: [None if v is None or math.isnan(v) else v for v in values] for label, values in series.items()}
+    numbers = {label: dict(zip(names, values, strict=True)) for label, values in known.items()}
     return Section("units", UNITS, parts, numbers)
 
 
 def _skip_series(networks: Sequence[Network], count: int) -> dict[str, list[float | None]]:
-    """By what it is, a value for each unit."""
+    """By what it is, a value for each unit: None without a gate, NaN for channels of a unit that never runs."""
     found: dict[str, list[float | None]] = {}
     for one in networks:
         layers, channels = ([skip for _, skip in skips(one)] for skips in (layer_skips, channel_skips))
         for what, values in (("layers", layers), ("channels", channels)):
             if len(values) == count and any(value is not None for value in values):
-                found[f"{one.name}: {what}"] = [None if v is None or math.isnan(v) else v for v in values]
+                found[f"{one.name}: {what}"] = values
     return found
 
 
 def _skip_cell(value: float | None) -> str:
-    return "always runs" if value is None else percent(value)
+    if value is None:
+        return "no gate"
+    return "the unit never runs" if math.isnan(value) else percent(value)
 
 
 def decisions_section(network: Network, summary: dict[str, Any]) -> Section:
@@ -226,7 +231,7 @@ def time_section(times: Sequence[Timed], images: int, threads: int, machine: str
     """Milliseconds beside MACs on some images; the first row is the dense network."""
     dense = times[0]
     figure, axes = chart()
-    for one, colour in zip(times, cycle((INK, BLUE, ORANGE, *OTHERS)), strict=False):
+    for one, colour in zip(times, chain((INK,), cycle((BLUE, ORANGE, *OTHERS))), strict=False):
         axes.plot([100 * one.macs_share], [one.own], "o", ms=7, color=colour, label=one.name)
     axes.axline((0, 0), (100, dense.own), color=GREY, lw=0.8, ls=":")
     axes.set(xlabel="multiply-adds (% of the dense network's)", ylabel="ms an image", xlim=(0, None), ylim=(0, None))

@@ -68,7 +68,7 @@ def looks_section(observed: Observed, pixels: Pixels) -> tuple[Section, list[Dif
     header = ("mean of", "easy", "hard", "easy has more", "p", "within classes", "p within")
     ranks = [rank_correlation(skipped.tolist(), observed.rows["looks"][:, k].tolist()) for k in range(len(found))]
     over_all = ", ".join(
-        f"{one.what} {rank:+.3f} (p {shown_p(p)})" for one, (rank, p) in zip(found, ranks, strict=True)
+        f"{one.what} {rank:+.3f} (p = {shown_p(p)})" for one, (rank, p) in zip(found, ranks, strict=True)
     )
     turned = "The images that skip most are recognised less often than those that skip least. "
     text = f"{turned if shares[0] < shares[1] else ''}{TESTED} Rank correlation with the skipped {word} over all "
@@ -273,10 +273,12 @@ def confidence_section(found: Sequence[Reliability]) -> Section:
     axes.plot([0, 100], [0, 100], color=GREY, lw=0.8, ls=":")
     for one, colour in zip(found, cycle((BLUE, ORANGE, *OTHERS)), strict=False):
         confidences, accuracies = ([100 * getattr(b, k) for b in one.bins] for k in ("confidence", "accuracy"))
-        axes.plot(confidences, accuracies, "o-", ms=4, lw=1, color=colour, label=f"{one.exit} (ECE {percent(one.ece)})")
+        total = sum(b.images for b in one.bins)
+        axes.plot(confidences, accuracies, "-", lw=1, color=colour, label=f"{one.exit} (ECE {percent(one.ece)})")
+        axes.scatter(confidences, accuracies, [4 + 150 * b.images / total for b in one.bins], color=colour)
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 101))
     legend(axes)
-    caption = "Accuracy over confidence at each exit; on the dotted line confidence is right."
+    caption = "Accuracy over confidence; on the dotted line confidence is right. Larger dots stand for more images."
     rows = [(one.exit, percent(one.accuracy, 2), percent(one.confidence, 2), percent(one.ece, 2)) for one in found]
     lines = [
         (

@@ -63,10 +63,12 @@ def report(
         return
     from .analyses import Request, Wanted, analyse_named, run_folder
 
+    path = output or (run_folder(name) or Path()) / PAGE
+    if not path.parent.is_dir():
+        raise BadInput(f"no folder {path.parent} to write {path.name} to")
     request = Request(name, data, split, batch_size, workers, device, threads)
     wanted = Wanted(beside or (), study or (), images, held_out, target, rounds)
     found = analyse_named(request, wanted)
-    path = output or (run_folder(name) or Path()) / PAGE
     with bad_input(OSError, about=f"{path} cannot be written"):
         path.write_text(found.html(), encoding="utf-8")
     typer.echo(json.dumps({"report": str(path), **found.numbers()}, indent=2) if as_json else str(path))
