@@ -22,6 +22,12 @@ nav { font-size: .9rem; } nav a { margin-right: .8rem; white-space: nowrap; }
 .claims td { white-space: normal; text-align: left; vertical-align: top; } .claims th { text-align: left; }
 .claims .none td { color: #777; } .claims b { white-space: nowrap; }
 .claims code { font-size: .75rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  .claims th { display: none; } .claims tr { display: block; border-bottom: 1px solid #ddd; padding: .5rem 0; }
+  .claims td { display: block; border: 0; padding: 0; } .claims td:empty { display: none; }
+  .claims td:nth-child(2)::before { content: "ours: "; color: #777; }
+  .claims td:nth-child(4)::before { content: "source: "; color: #777; }
+}
 """
 
 
