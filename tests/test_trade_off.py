@@ -1,6 +1,7 @@
 """One network at many costs, and networks side by side."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import timm_dynamic as td
 from timm_dynamic.analyses import observe
 from timm_dynamic.calibration import calibrations
 from timm_dynamic.evaluation import evaluate, held_out_places
+from timm_dynamic.sections_cost import cost_section
 from timm_dynamic.trade_off import (
     Network,
     Point,
@@ -61,6 +63,15 @@ def test_points_are_what_evaluating_gives(network: Network) -> None:
     wanted = evaluate(limited, images(24))
     td.set_budget(network.model)
     assert (points[1].accuracy, points[1].macs, points[1].max_macs) == (wanted.accuracy, wanted.macs, wanted.max_macs)
+
+
+def test_what_a_run_was_told_is_shown(network: Network) -> None:
+    told = [{"target": 0.5, "alpha": None}, {"alpha": 0.1}, {"alpha": 0.1, "stages": [{"alpha": 3}, {"alpha": 0}]}, {}]
+    points = [own_point(replace(network, name=str(k), settings=settings)) for k, settings in enumerate(told)]
+    assert [one.what for one in points] == ["trained to 50 %", "alpha 0.1", "alpha 0", "as saved"]
+    assert [one.alpha for one in points] == [None, 0.1, 0.0, None]
+    assert "over alpha" in cost_section("0", points, None, "").html()
+    assert "over alpha" not in cost_section("0", points[:2], None, "").html()
 
 
 def test_budgets_are_kept(network: Network) -> None:

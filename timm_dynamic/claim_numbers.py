@@ -56,19 +56,10 @@ def method_is(network: Network, method: str) -> bool:
     return network.settings.get("method") == method
 
 
-def cost_weight(network: Network) -> float | str | None:
-    """Weight of the cost in its last stage; "target" if it is steered; None if that is not known."""
-    stages, settings = network.settings.get("stages") or [{}], network.settings
-    for given in (stages[-1].get("alpha"), settings.get("alpha")):
-        if given is not None:
-            return float(given)
-    return "target" if settings.get("target") is not None else None
-
-
 def sp_alone(evidence: Evidence) -> Outcome | None:
     """What supervised training saves that has no term for the cost."""
     for one in evidence.networks:
-        if method_is(one, "sp") and cost_weight(one) == 0:
+        if method_is(one, "sp") and one.cost_weight == 0:
             share = one.evaluation.macs_share
             return Outcome(f"{one.name}: {100 * share:.1f} % of the dense MACs", verdict(1 - share, POINT))
     return None
@@ -99,7 +90,7 @@ def hrl_adds(evidence: Evidence) -> Outcome | None:
 
 def deeper(evidence: Evidence) -> Outcome | None:
     """Shares of the dense MACs of networks of several depths, trained alike and without a target."""
-    known = [one for one in evidence.networks if "method" in one.settings and cost_weight(one) not in (None, "target")]
+    known = [one for one in evidence.networks if "method" in one.settings and one.cost_weight is not None]
     alike = [one for one in known if all(one.settings.get(k) == known[0].settings.get(k) for k in ("method", "gate"))]
     depths = sorted({(len(one.observed.table.units), one.evaluation.macs_share) for one in alike})
     if len({depth for depth, _ in depths}) < 2:
@@ -125,8 +116,8 @@ def over_alpha(evidence: Evidence) -> Outcome | None:
     own = evidence.network.settings
     runs = {}
     for one in evidence.networks:
-        alpha = cost_weight(one)
-        if isinstance(alpha, float) and all(one.settings.get(k) == own.get(k) for k in ("model", "method")):
+        alpha = one.cost_weight
+        if alpha is not None and all(one.settings.get(k) == own.get(k) for k in ("model", "method")):
             runs[alpha] = one.evaluation
     if len(runs) < 2:
         return None

@@ -74,6 +74,9 @@ def cost_section(name: str, points: Sequence[Point], dense: tuple[float, float] 
     colours = cycle(OTHERS)
     for other in dict.fromkeys(point.network for point in points):
         _draw_network(axes, other, [point for point in points if point.network == other], name, colours)
+    runs = sorted((p for p in points if p.alpha is not None), key=lambda p: (p.alpha, p.macs))
+    if len(runs) > 1:
+        axes.plot([p.macs / 1e6 for p in runs], [100 * p.accuracy for p in runs], "--", color=GREY, label="over alpha")
     if dense is not None:
         axes.plot([dense[1] / 1e6], [100 * dense[0]], "D", color=INK, ms=8, label="dense base", zorder=5)
         axes.axhline(100 * (dense[0] - EQUAL), color=GREY, lw=0.8, ls=":")

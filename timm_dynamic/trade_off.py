@@ -7,7 +7,7 @@ import json
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,13 @@ class Network:
         """Whether anything in it depends on the image."""
         return hasattr(self.model, "dynamic")
 
+    @property
+    def cost_weight(self) -> float | None:
+        """Alpha, the weight of the cost, in the last stage of its run; None if it was steered, or is not known."""
+        last = (self.settings.get("stages") or [{}])[-1].get("alpha")
+        alpha = self.settings.get("alpha") if last is None else last
+        return None if alpha is None else float(alpha)
+
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """What a run was told: its settings.json; empty if there is none.
@@ -79,6 +86,7 @@ class Point:
         max_macs: of the dearest image.
         keep_ratio: of the layer gates; None where it was not measured.
         target: wanted share of the dense MACs of a calibrated network.
+        alpha: fixed weight of the cost that it was trained with, where that is known.
     """
 
     network: str
@@ -89,13 +97,17 @@ class Point:
     max_macs: float
     keep_ratio: float | None = None
     target: float | None = None
+    alpha: float | None = None
 
 
 def own_point(network: Network) -> Point:
     """A network as it is."""
-    found = network.evaluation
-    kind = "dynamic" if network.dynamic else "static"
-    return _point(network.name, kind, "as saved" if network.dynamic else "", found)
+    if not network.dynamic:
+        return _point(network.name, "static", "", network.evaluation)
+    alpha, target = network.cost_weight, network.settings.get("target")
+    trained = "as saved" if target is None else f"trained to {100 * target:.0f} %"
+    what = trained if alpha is None else f"alpha {alpha:g}"
+    return replace(_point(network.name, "dynamic", what, network.evaluation), alpha=alpha)
 
 
 def _point(name: str, kind: str, what: str, found: Evaluation, target: float | None = None) -> Point:
