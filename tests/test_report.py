@@ -69,7 +69,7 @@ def test_the_page_has_a_figure_with_alt_text_and_a_table_for_each_question() -> 
         assert title is not None
         assert title.text == figure.get("aria-label")
         assert figure.get("role") == "img"
-    assert page.count("<table>") == 4
+    assert page.count("<table>") == 5
     assert 'name="viewport"' in page
     assert "ddi_&lt;resnet&gt; on digits" in page
     for shown in ("98.10 %", "50.0 %", "87.5 %", "always runs", "layer2.0 (first of its stage)", "17"):

@@ -19,11 +19,15 @@ ORDER = [
     *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "tasks"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),
-    *("benchmark_train", "benchmark_budget", "registry", "", "cli.errors", "cli.images", "cli.models"),
-    *("cli.rows", "cli.runs", "cli.tables", "demo_samples", "demo_compare", "demo_page", "demo"),
-    *("cli.export", "cli.benchmark", "cli.demo", "cli.app", "cli"),
+    *("benchmark_train", "benchmark_budget"),
+    *("analyses", "feature_change", "trade_off", "claims", "claim_numbers", "paper_claims"),
+    *("sections_cost", "sections_images", "analysis_report"),
+    *("registry", "", "cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables"),
+    *("demo_samples", "demo_compare", "demo_page", "demo"),
+    *("cli.export", "cli.benchmark", "cli.analyses", "cli.report", "cli.demo", "cli.app", "cli"),
 ]
-HEAVY = ("accelerate", "sklearn", "matplotlib", "onnx", "onnxruntime", "typer", "rich", "pandas", "yaml", "gradio")
+HEAVY = ("accelerate", "sklearn", "scipy", "matplotlib", "onnx", "onnxruntime", "gradio", "typer", "rich", "pandas")
+HEAVY += ("yaml",)
 
 
 def name_of(path: Path) -> str:

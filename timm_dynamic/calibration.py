@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,10 @@ class Calibration:
     accuracy: float
 
 
+class OutOfReach(ValueError):
+    """No setting meets the target."""
+
+
 @dataclass
 class _Run:
     """What one pass over the images gave, every exit evaluated."""
@@ -68,22 +72,60 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
         ValueError: if there are too few images, the model lacks what is to be moved, or the target cannot be met;
             the message names what can. The thresholds are then what they were.
     """
-    dynamic_of(model)
     positive("fraction", fraction)
-    one_of("use", use, ("both", "gates", "exits"))
-    move_gates = use != "exits" and (hasattr(model, "layer_gates") or hasattr(model, "channel_gates"))
-    move_exits = use != "gates" and hasattr(model, "exits")
-    if not move_gates and not move_exits:
-        raise ValueError(f"calibrate(use={use!r}) needs a model with such parts; found none")
-    images = [(batch[0], batch[1]) for batch in loader]
-    count = sum(len(x) for x, _ in images)
-    if count < FEWEST:
-        raise ValueError(f"calibrate needs at least {FEWEST} images; found {count}")
+    search = _Search(model, loader, use)
     with _kept(model):
-        search = _Search(model, images, fraction, move_exits)
-        best = search.over(LEVELS if move_gates else (0.5,), refine=move_gates)
-    _set(model, best.threshold if move_gates else None, best.confidence if move_exits else None)
+        best = search.over(fraction)
+    apply_calibration(model, best, use=use)
     return best
+
+
+def calibrations(
+    model: Any, loader: Iterable[Any], fractions: Iterable[float], *, use: str = "both"
+) -> dict[float, Calibration]:
+    """What `calibrate` would set for each of several targets; runs that they share are done once.
+
+    Args:
+        model: a trained dynamic model; it is left as it was.
+        loader: as for `calibrate`.
+        fractions: the wanted mean MACs as shares of the stock model's.
+        use: what to move: "both", "gates" or "exits".
+
+    Returns:
+        For each target that can be met what is to be set: see `apply_calibration`.
+
+    Raises:
+        ValueError: if there are too few images, or the model lacks what is to be moved.
+    """
+    search, found = _Search(model, loader, use), {}
+    with _kept(model):
+        for fraction in fractions:
+            with suppress(OutOfReach):
+                found[fraction] = search.over(fraction)
+    return found
+
+
+def apply_calibration(model: Any, found: Calibration, *, use: str = "both") -> None:
+    """Set thresholds and confidences as `calibrate` does.
+
+    Args:
+        model: a dynamic model; its thresholds are changed.
+        found: what to set.
+        use: what to move: "both", "gates" or "exits".
+    """
+    gates, exits = _movable(model, use)
+    _set(model, found.threshold if gates else None, found.confidence if exits else None)
+
+
+def _movable(model: Any, use: str) -> tuple[bool, bool]:
+    """Whether gates and exits are to be moved."""
+    dynamic_of(model)
+    one_of("use", use, ("both", "gates", "exits"))
+    gates = use != "exits" and (hasattr(model, "layer_gates") or hasattr(model, "channel_gates"))
+    exits = use != "gates" and hasattr(model, "exits")
+    if not gates and not exits:
+        raise ValueError(f"calibrate(use={use!r}) needs a model with such parts; found none")
+    return gates, exits
 
 
 @torch.no_grad()
@@ -144,46 +186,54 @@ def _mean_share(model: Any, batches: list[Tensor]) -> float:
 
 
 class _Search:
-    """Settings that were tried, and the best that meets the target."""
+    """Runs of a model at some thresholds, and what they give for a target."""
 
-    def __init__(self, model: Any, images: list[tuple[Tensor, Tensor]], target: float, move_exits: bool) -> None:
-        self.model, self.images, self.target, self.move_exits = model, images, target, move_exits
-        self.dense = table_for(model, tuple(images[0][0].shape[1:])).dense
+    def __init__(self, model: Any, loader: Iterable[Any], use: str) -> None:
+        self.model = model
+        self.move_gates, self.move_exits = _movable(model, use)
+        self.images = [(batch[0], batch[1]) for batch in loader]
+        count = sum(len(x) for x, _ in self.images)
+        if count < FEWEST:
+            raise ValueError(f"calibrate needs at least {FEWEST} images; found {count}")
+        self.dense = table_for(model, tuple(self.images[0][0].shape[1:])).dense
         self.tolerance = 0.005
-        self.found: list[Calibration] = []
-        self.reach: list[float] = []
+        self.tried: dict[float, list[Calibration]] = {}  # by threshold: without exits, then at each confidence
 
-    def over(self, levels: Iterable[float], refine: bool) -> Calibration:
-        """Try each threshold; between two whose cost without exits lies on either side of the target, halve."""
-        tried = [(level, self._try(level)) for level in levels]
-        crossing = [(a, b) for a, b in itertools.pairwise(tried) if a[1] >= self.target >= b[1]]
-        for (low, _), (high, _) in crossing if refine else []:
-            for _ in range(HALVINGS):
+    def over(self, target: float) -> Calibration:
+        """The most accurate setting that meets a target.
+
+        Each threshold is tried; between two whose cost without exits lies on either side of the target, halve.
+        """
+        positive("fraction", target)
+        levels = list(LEVELS) if self.move_gates else [0.5]
+        shares = [self._try(level)[0].fraction for level in levels]  # without exits
+        steps = list(zip(itertools.pairwise(levels), itertools.pairwise(shares), strict=True))
+        for (low, high), (dear, cheap) in steps:
+            for _ in range(HALVINGS if dear >= target >= cheap else 0):
                 middle = (low + high) / 2
-                low, high = (middle, high) if self._try(middle) > self.target else (low, middle)
-        if not self.found:
-            raise ValueError(
-                f"a mean cost of {self.target:.3f} of the stock model cannot be met; wanted a fraction in "
-                f"{min(self.reach):.3f}..{max(self.reach):.3f}"
+                levels.append(middle)
+                low, high = (middle, high) if self._try(middle)[0].fraction > target else (low, middle)
+        settings = [one for level in levels for one in self._try(level)]
+        found = [one for one in settings if abs(one.fraction - target) <= self.tolerance]
+        if not found:
+            reach = [one.fraction for one in settings]
+            raise OutOfReach(
+                f"a mean cost of {target:.3f} of the stock model cannot be met; wanted a fraction in "
+                f"{min(reach):.3f}..{max(reach):.3f}"
             )
-        return max(self.found, key=lambda c: c.accuracy)
+        return max(found, key=lambda one: one.accuracy)
 
-    def _try(self, level: float) -> float:
-        """Run with gates at `level`, note what meets the target, and give the cost without exits."""
-        _set(self.model, level, None)
-        run = _run(self.model, self.images)
-        plain = run.early.mean().item() / self.dense
-        self._note(level, NEVER, plain, run.right[:, -1].double().mean().item())
-        if self.move_exits:
-            for confidence in _confidences(run):
-                share, accuracy = _leave(run, confidence, self.dense)
-                self._note(level, confidence, share, accuracy)
-        return plain
-
-    def _note(self, level: float, confidence: float, share: float, accuracy: float) -> None:
-        self.reach.append(share)
-        if abs(share - self.target) <= self.tolerance:
-            self.found.append(Calibration(level, confidence, share, accuracy))
+    def _try(self, level: float) -> list[Calibration]:
+        """What gates at `level` give, without exits and with images that leave at each confidence."""
+        if level not in self.tried:
+            _set(self.model, level, None)
+            run = _run(self.model, self.images)
+            plain, accuracy = run.early.mean().item() / self.dense, run.right[:, -1].double().mean().item()
+            found = [Calibration(level, NEVER, plain, accuracy)]
+            for confidence in _confidences(run) if self.move_exits else ():
+                found.append(Calibration(level, confidence, *_leave(run, confidence, self.dense)))
+            self.tried[level] = found
+        return self.tried[level]
 
 
 def _confidences(run: _Run) -> list[float]:

@@ -94,13 +94,13 @@ def evaluate(
             for x, y in loader:
                 x, y = x.to(device), y.to(device)
                 table = table or costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
-                rows = _rows(model, x, y, table)
+                rows = rows_of(model, x, y, table)
                 found.append({k: v.cpu() for k, v in (gather(rows) if gather else rows).items()})
     finally:
         model.train(was_training)
     if table is None:
         raise ValueError("the loader holds no images to evaluate on")
-    return _summarise({key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table)
+    return summarise({key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table)
 
 
 def held_out_places(images: int, count: int) -> list[int]:
@@ -130,19 +130,30 @@ def _is_dynamic(model: nn.Module) -> bool:
     return hasattr(model, "dynamic")
 
 
-def _rows(model: nn.Module, x: Tensor, y: Tensor, table: CostTable) -> Rows:
-    """What happened to each image of a batch."""
+def rows_of(model: nn.Module, x: Tensor, y: Tensor, table: CostTable) -> Rows:
+    """What happened to each image of a batch.
+
+    Args:
+        model: a dynamic or plain network in eval mode.
+        x: images [B, C, H, W].
+        y: classes [B].
+        table: the network's costs at this input size.
+
+    Returns:
+        ``correct`` [B], ``confidence`` [B] (the largest softmax probability), ``macs`` [B], ``layers`` [B, gates],
+        ``channels`` [B, groups of all gated hidden widths] and ``exit`` [B], the exit's number.
+    """
     batch = len(y)
     if not _is_dynamic(model):
         logits = model(x)
         nothing = torch.zeros(batch, 0, device=x.device)
         last = torch.full((batch,), len(table.exits) - 1, device=x.device)
         macs = torch.full((batch,), table.dense, device=x.device)
-        return {"correct": logits.argmax(1) == y, "macs": macs, "layers": nothing, "channels": nothing, "exit": last}
+        return {**_judged(logits, y), "macs": macs, "layers": nothing, "channels": nothing, "exit": last}
     decisions = decide(model, x)
     channels = torch.cat(decisions.channel_keep, dim=1) if decisions.channel_keep else x.new_zeros(batch, 0)
     return {
-        "correct": decisions.logits.argmax(1) == y,
+        **_judged(decisions.logits, y),
         "macs": decisions.macs,
         "layers": decisions.layer_keep.float(),
         "channels": channels.float(),
@@ -150,7 +161,13 @@ def _rows(model: nn.Module, x: Tensor, y: Tensor, table: CostTable) -> Rows:
     }
 
 
-def _summarise(rows: Rows, table: CostTable) -> Evaluation:
+def _judged(logits: Tensor, y: Tensor) -> Rows:
+    """Whether logits [B, classes] are right, and how sure they are."""
+    return {"correct": logits.argmax(1) == y, "confidence": logits.float().softmax(1).amax(1)}
+
+
+def summarise(rows: Rows, table: CostTable) -> Evaluation:
+    """Sum up rows of `rows_of`, of one batch or of many put together."""
     layers, channels, macs = rows["layers"].double(), rows["channels"].double(), rows["macs"]
     names = [unit.name for unit in table.units if unit.skippable]
     counts = torch.tensor([len(macs)])
@@ -223,7 +240,7 @@ def static_policy(
         with torch.no_grad():
             for x, y in loader:
                 table = costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
-                rows = _rows(model, x.to(device), y.to(device), table)
+                rows = rows_of(model, x.to(device), y.to(device), table)
                 found.append({key: value.cpu() for key, value in rows.items()})
     finally:
         model.train(was_training)

@@ -14,10 +14,20 @@ INK, BLUE, ORANGE, GREEN, GREY = "#222222", "#1f6fb2", "#d1620a", "#2a8a4a", "#9
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 46rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-figure { margin: 0; } svg { width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
+figure { margin: 0; max-width: 38rem; } svg { width: 100%; height: auto; } figcaption { color: #555; font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+nav { font-size: .9rem; } nav a { margin-right: .8rem; white-space: nowrap; }
+.claims td { white-space: normal; text-align: left; vertical-align: top; } .claims th { text-align: left; }
+.claims .none td { color: #777; } .claims b { white-space: nowrap; }
+.claims code { font-size: .75rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  .claims th { display: none; } .claims tr { display: block; border-bottom: 1px solid #ddd; padding: .5rem 0; }
+  .claims td { display: block; border: 0; padding: 0; } .claims td:empty { display: none; }
+  .claims td:nth-child(2)::before { content: "ours: "; color: #777; }
+  .claims td:nth-child(4)::before { content: "source: "; color: #777; }
+}
 """
 
 
@@ -58,7 +68,7 @@ def render(summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     if summary.get("decisions"):
         parts += _decision_section(summary)
     if rows:
-        parts += _training_section(rows, summary["dense"]["macs"])
+        parts += training_section(rows, summary["dense"]["macs"])
     return page(title, parts)
 
 
@@ -76,8 +86,8 @@ def page(title: str, parts: Sequence[str]) -> str:
 def _sentence(summary: dict[str, Any]) -> str:
     dense, dynamic = summary["dense"], summary["dynamic"]
     return (
-        f"Accuracy {_percent(dynamic['accuracy'])} at {_percent(dynamic['macs'] / dense['macs'])} of the dense "
-        f"network's multiply-adds; the dense network reaches {_percent(dense['accuracy'])}."
+        f"Accuracy {percent(dynamic['accuracy'])} at {percent(dynamic['macs'] / dense['macs'])} of the dense "
+        f"network's multiply-adds; the dense network reaches {percent(dense['accuracy'])}."
     )
 
 
@@ -108,10 +118,10 @@ def _cost_section(summary: dict[str, Any]) -> list[str]:
     body = [
         (
             row["name"],
-            _percent(row["accuracy"], 2),
-            _millions(row["macs"]),
-            _percent(row["macs"] / dense["macs"]),
-            _millions(row["max_macs"]),
+            percent(row["accuracy"], 2),
+            millions(row["macs"]),
+            percent(row["macs"] / dense["macs"]),
+            millions(row["max_macs"]),
             f"{row['keep_ratio']:.3f}",
             f"{row['ms']:.2f}",
         )
@@ -140,7 +150,7 @@ def _unit_section(units: Sequence[dict[str, Any]]) -> list[str]:
     body = [
         (
             unit["name"] + (" (first of its stage)" if is_first else ""),
-            "always runs" if unit["skip_ratio"] is None else _percent(unit["skip_ratio"]),
+            "always runs" if unit["skip_ratio"] is None else percent(unit["skip_ratio"]),
         )
         for unit, is_first in zip(units, first, strict=True)
     ]
@@ -157,51 +167,53 @@ def _decision_section(summary: dict[str, Any]) -> list[str]:
         ("their entropy", f"{found['policy_entropy']:.2f} bits"),
         ("variance of keep between images, mean over units", f"{found['keep_variance']:.4f}"),
         ("standard deviation of an image's share of the dense MACs", f"{found['macs_share_std']:.4f}"),
-        ("layers kept", _percent(found["keep_ratio"])),
-        ("channel groups kept", "no channel gates" if channels is None else _percent(channels)),
+        ("layers kept", percent(found["keep_ratio"])),
+        ("channel groups kept", "no channel gates" if channels is None else percent(channels)),
         ("adaptive gain", f"{100 * summary['adaptive_gain']:+.2f} points" if static else "not measured: --gain"),
-        *((f"leave at exit {k}", _percent(share)) for k, share in enumerate(found["exit_shares"])),
+        *((f"leave at exit {k}", percent(share)) for k, share in enumerate(found["exit_shares"])),
     ]
     if static:
         body += [
             ("best static policy, trained for as long", static["policy"]),
-            ("its accuracy and multiply-adds", f"{_percent(static['accuracy'], 2)} at {_millions(static['macs'])}"),
+            ("its accuracy and multiply-adds", f"{percent(static['accuracy'], 2)} at {millions(static['macs'])}"),
         ]
     return ["<h2>How much depends on the image</h2>", table(("without budget", "value"), body)]
 
 
-def _training_section(rows: Sequence[dict[str, Any]], dense_macs: float) -> list[str]:
-    """Accuracy, cost and loss while training."""
+def training_section(rows: Sequence[dict[str, Any]], dense_macs: float, width: float = 7.0) -> list[str]:
+    """Accuracy, cost and loss while training; `width` of the figures in inches."""
     steps = [row["step"] for row in rows]
-    figure, axes = figure_and_axes()
+    figure, axes = figure_and_axes(width)
     axes.plot(steps, [100 * row["accuracy"] for row in rows], "-o", ms=3, color=BLUE, label="accuracy")
     axes.plot(steps, [100 * row["macs"] / dense_macs for row in rows], "-s", ms=3, color=ORANGE, label="share of MACs")
     axes.plot(steps, [100 * row["keep_ratio"] for row in rows], ":", color=GREEN, label="keep ratio")
     _mark_stages(axes, rows)
     axes.set(xlabel="step", ylabel="%")
     axes.legend(frameon=False)
-    loss, loss_axes = figure_and_axes(height=3.0)
+    loss, loss_axes = figure_and_axes(width, 3.0)
     loss_axes.plot(steps, [row["train"]["loss"] for row in rows], "-o", ms=3, color=INK)
     _mark_stages(loss_axes, rows)
-    loss_axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    header = ("stage", "step", "accuracy", "mean MACs", "keep ratio", "policies", "training loss")
+    values = [row["train"]["loss"] for row in rows]
+    far = min(values) > 0 and max(values) > 10 * min(values)
+    loss_axes.set(xlabel="step", ylabel="training loss", yscale="log" if far else "linear")
     body = [
         (
             row["stage"],
             f"{row['step']:,}",
-            _percent(row["accuracy"], 2),
-            _millions(row["macs"]),
+            percent(row["accuracy"], 2),
+            millions(row["macs"]),
             f"{row['keep_ratio']:.3f}",
             str(row["policies"]),
-            f"{row['train']['loss']:.4f}",
         )
         for row in rows
     ]
+    losses = [(row["stage"], f"{row['step']:,}", f"{row['train']['loss']:.4f}") for row in rows]
     return [
         "<h2>Training</h2>",
         svg(figure, "training", "Accuracy, share of the dense multiply-adds and keep ratio at each evaluation."),
+        table(("stage", "step", "accuracy", "mean MACs", "keep ratio", "policies"), body),
         svg(loss, "loss", "Training loss, mean since the evaluation before; each stage has its own loss."),
-        table(header, body),
+        table(("stage", "step", "training loss"), losses),
     ]
 
 
@@ -259,9 +271,11 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>\n{rows}\n</table></div>'
 
 
-def _percent(value: float, digits: int = 1) -> str:
+def percent(value: float, digits: int = 1) -> str:
+    """A share in percent."""
     return f"{100 * value:.{digits}f} %"
 
 
-def _millions(macs: float) -> str:
+def millions(macs: float) -> str:
+    """MACs in millions."""
     return f"{macs / 1e6:.2f} M"

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from files import Folder, Part, folder, hub
 from images import Augmented, Data, DataError, Key, in_memory
+from timm_dynamic.evaluation import held_out_places
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "folder", "hfds/NAME")
 
@@ -155,8 +156,8 @@ def hold_out(data: Data, count: int) -> Data:
     train: Any = data.train
     if not 0 < count < len(train):
         raise DataError(f"--holdout must leave some of the {len(train)} training images; found {count}")
-    places = np.random.default_rng(0).permutation(len(train))
-    held, kept = np.sort(places[:count]).tolist(), np.sort(places[count:]).tolist()
+    held = held_out_places(len(train), count)
+    kept = sorted(set(range(len(train))) - set(held))
     if isinstance(train, Folder):
         val: Any = data.val
         rest: Dataset[Any] = Folder(Part(train.files, kept), train.transform, train.seed)

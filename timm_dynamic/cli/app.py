@@ -15,6 +15,7 @@ from ..version import __version__
 from . import tables
 from .demo import demo
 from .errors import BadInput, CommandError
+from .report import report
 
 BATCH = 64  # images evaluated at once, where nothing else is asked for
 COUNTED = 40  # a list of at most this many networks counts parameters and MACs
@@ -329,13 +330,7 @@ def export(
         onnx.check(row)
 
 
-@app.command(epilog=EXIT_CODES)
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")]) -> None:
-    """Make a run's report.html again from its summary.json and metrics.jsonl."""
-    with one_line_errors():
-        from .runs import report as write
-
-        typer.echo(write(folder))
+app.command(epilog=EXIT_CODES)(one_line_errors()(report))
 
 
 @app.command(epilog=EXIT_CODES)

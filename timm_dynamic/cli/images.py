@@ -1,6 +1,7 @@
 """From files to batches: images, folders of images, and the names of classes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from ..budgets import default_input_size
 from .errors import BadInput, bad_input, one_line
 
+KEPT_BYTES = 2**28  # of images that are kept in memory where they are needed many times
 MODES = {1: "L", 3: "RGB"}  # input channels of a network -> mode of PIL
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for damaged files
 
@@ -24,6 +26,8 @@ class Preparation:
 
     Attributes:
         input_size: (channels, height, width) of what it gives.
+        mean: of each channel, by which it normalises.
+        std: likewise.
     """
 
     def __init__(self, model: Any) -> None:
@@ -40,6 +44,7 @@ class Preparation:
         if self.input_size[0] not in MODES:
             raise BadInput(f"images have 1 or 3 channels; the model wants {self.input_size[0]}")
         self._open = partial(open_image, mode=MODES[self.input_size[0]])
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.transform = create_transform(**{**config, "input_size": self.input_size})
 
     def open(self, path: str | Path) -> Image.Image:
@@ -137,13 +142,29 @@ def open_folder(root: Path, model: nn.Module, prepare: Preparation) -> Folder:
     return folder
 
 
-def batches(folder: Folder, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B, C, H, W] and classes [B], in the order of the files.
+def batches(
+    folder: Folder, batch_size: int, workers: int, places: Sequence[int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images [B, C, H, W] and classes [B], in the order of the files, or those at some places in their order.
 
     Raises:
         BadInput: at an image that cannot be read.
     """
-    for x, y in DataLoader(folder, batch_size, num_workers=workers):
+    for x, y in DataLoader(folder, batch_size, sampler=places, num_workers=workers):
         if bool((y < 0).any()):
             folder.prepare.open(folder.samples[-1 - int(y.min())][0])
         yield x, y
+
+
+class Batches:
+    """`batches` that can be gone through again and again; few enough images are kept in memory."""
+
+    def __init__(self, folder: Folder, batch_size: int, workers: int, places: Sequence[int]) -> None:
+        self.read = partial(batches, folder, batch_size, workers, places)
+        self.small = len(places) * 4 * math.prod(folder.prepare.input_size) <= KEPT_BYTES
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.small and not self.kept:
+            self.kept = list(self.read())
+        return iter(self.kept) if self.small else self.read()
