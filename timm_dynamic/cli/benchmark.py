@@ -100,8 +100,8 @@ def show(found: Results, config: Benchmark) -> None:
     """Print a table for each network."""
     own = "GPU" if config.device.startswith("cuda") else "CPU"
     for name, rows in found.items():
-        kinds = {TrainRow: _train_table, BudgetRow: _budget_table}
-        console().print(kinds.get(type(rows[0]), _table)(name, rows, own))
+        kinds: dict[type, Any] = {TrainRow: _train_table, BudgetRow: _budget_table, Row: _table}
+        console().print(kinds[type(rows[0])](name, rows, own))
 
 
 def _columns(title: str, *names: str) -> Table:
