@@ -132,26 +132,34 @@ def test_alpha_follows_the_distance_from_a_falling_target() -> None:
     assert task.alpha.item() == pytest.approx(wanted, abs=1e-5), "evaluation must not steer"
 
 
-def test_the_threshold_of_channel_gates_follows_and_they_decide_by_it_in_training() -> None:
+def test_where_there_are_channel_gates_all_gates_are_pushed_to_the_target() -> None:
     model = network().train()
     x, y = batch()
     dense = td.cost_table(model, SIZE).dense
-    task = DynamicTask(model, dense, steps=4, target=0.1, anneal=0.0, shifting=30.0).train()
+    biases = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("fc.bias")}
+    task = DynamicTask(model, dense, steps=4, target=0.1, anneal=0.0, push=30.0).train()
     share = task(x, y)["macs_share"].item()
-    assert any(bool(keep.any()) for keep in td.decide(model, x).channel_keep)
-    assert task.shift.item() == pytest.approx(min(12.0, 30 * (share - 0.1)))
-    level = torch.sigmoid(task.shift)
-    assert bool((model.channel_gates.threshold == level).all())
-    assert bool((model.layer_gates.threshold == 0.5).all())
-    assert task(x, y)["macs_share"].item() < share
-    for mode in (True, False):
-        found = td.decide(model.train(mode), x)
-        assert not any(bool(keep.any()) for keep in found.channel_keep), "no gate is that sure"
-        assert bool(found.layer_keep.any())
-    before = model.channel_gates.threshold.clone()
-    DynamicTask(model.train(), dense, steps=4, alpha=1.0)(x, y)
-    assert any(bool(keep.any()) for keep in td.decide(model, x).channel_keep), "with a fixed alpha it is 0.5"
-    assert torch.equal(model.channel_gates.threshold, before)
+    assert share > 0.4, "some gates are open"
+    after = dict(model.named_parameters())
+    pushed = {name for name in biases if not torch.equal(after[name], biases[name])}
+    assert pushed == {name for name in biases if name.startswith(("layer_gates", "channel_gates"))}
+    for name in pushed:
+        torch.testing.assert_close(after[name], biases[name] - 30 * (share - 0.1))
+    found = td.decide(model.eval(), x)
+    assert not any(bool(keep.any()) for keep in (found.layer_keep, *found.channel_keep)), "no gate is that sure"
+    task.train()(x, y)["loss"].backward()  # the biases were moved between the passes
+
+
+def test_nothing_is_pushed_without_channel_gates_or_a_target() -> None:
+    model = td.add_layer_gates(timm.create_model("resnet20_cifar", num_classes=10), "rnn").train()
+    x, y = batch()
+    before = copy.deepcopy(dict(model.layer_gates.named_parameters()))
+    DynamicTask(model, 1, steps=4, target=0.1).train()(x, y)
+    assert all(torch.equal(p, before[name]) for name, p in model.layer_gates.named_parameters())
+    model = network().train()
+    before = copy.deepcopy(dict(model.channel_gates.named_parameters()))
+    DynamicTask(model, 1, steps=4, alpha=0.5).train()(x, y)
+    assert all(torch.equal(p, before[name]) for name, p in model.channel_gates.named_parameters())
 
 
 def test_dynamic_task_wants_alpha_or_a_target() -> None:

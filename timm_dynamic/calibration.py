@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .configs import one_of, positive
 from .exits import NEVER
-from .gates import LARGEST_SHIFT
 from .walk import Log, Walk, dynamic_of, table_for
 
 FEWEST = 50  # images
@@ -155,7 +154,7 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: floa
     before = [part.threshold.clone() for part in parts]
     with _kept(model):
         tried: dict[float | None, float] = {None: _mean_share(model, batches)}
-        low, high = -LARGEST_SHIFT, LARGEST_SHIFT  # logits: gates can be very sure, all about as much
+        low, high = -12.0, 12.0  # logits: gates can be very sure, and all about as much
         for _ in range(2 * HALVINGS if tried[None] - fraction <= reach else 0):
             middle = (low + high) / 2
             level = 1 / (1 + math.exp(-middle))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .configs import ChannelGateConfig, LayerGateConfig
 
 OPEN_PROB = 0.88  # what an open gate starts at: keeps for sure, and still has a gradient
-LARGEST_SHIFT = 12.0  # logit of the highest threshold: what single precision still tells from 1
 RNN_SIZE = 10  # input and hidden size of the RNNGate (SkipNet, section 3.1)
 Memory = tuple[Tensor, Tensor] | None
 
@@ -261,15 +260,19 @@ class ChannelGates(nn.Module):
         self.threshold = self.threshold[:count]
 
 
-def sharpened(prob: Tensor, temperature: float = 1.0, shift: float = 0.0) -> Tensor:
-    """Probabilities whose logits are lowered by a shift, then divided by a temperature. Any shape, float32.
-
-    A temperature below 1 moves them away from 0.5. Where the shift is the logit of a threshold, what comes out is
-    above 0.5 where what went in is above the threshold.
-    """
-    if temperature == 1 and shift == 0:
+def sharpened(prob: Tensor, temperature: float) -> Tensor:
+    """Probabilities whose logits are divided by a temperature: below 1 they move away from 0.5. Any shape, float32."""
+    if temperature == 1:
         return prob
-    return torch.sigmoid((torch.logit(prob.float(), eps=1e-6) - shift) / temperature)
+    return torch.sigmoid(torch.logit(prob.float(), eps=1e-6) / temperature)
+
+
+@torch.no_grad()
+def lower_logits(gates: nn.Module, amount: Tensor) -> None:
+    """Lower what all gates of a kind give by as much. amount: a scalar, added to the biases of their last layers."""
+    for name, module in gates.named_modules():
+        if name.split(".")[-1] == "fc":
+            module.bias -= amount
 
 
 def widen(keep: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
-from .gates import LARGEST_SHIFT, sharpened
+from .gates import lower_logits, sharpened
 from .surgery import set_execution, set_gating
 
 GATES = ("layer_gates", "channel_gates")
@@ -156,9 +156,9 @@ class DynamicTask(nn.Module):
 
     Either ``alpha`` is fixed, or the mean cost is steered to ``target``: alpha follows the distance from it, by which
     gates learn to do without what matters least. Channel gates are small, each learns from one unit, and alpha alone
-    is slow to move them all: their threshold follows the distance as well, and the network learns with it. Alpha, the
-    logit of the threshold and the count of batches are buffers, so that they are in checkpoints; the share they follow
-    is the mean over all processes.
+    is slow to move them all: where there are any, the biases of all gates are pushed as well, by the same amount, in
+    proportion to the distance. The steered alpha and the count of batches are buffers, so that they are in checkpoints;
+    the share they follow is the mean over all processes.
 
     Args:
         model: a dynamic network.
@@ -169,7 +169,7 @@ class DynamicTask(nn.Module):
         exit_weighting: weights of the exits' cross entropies.
         rate: how fast alpha follows the distance from the target.
         stiffness: direct push back on the distance from the target.
-        shifting: how fast the logit of the channel gates' threshold follows the distance; 0 leaves it alone.
+        push: what the gates' logits are lowered by in a step, for each unit of distance, if there are channel gates.
         anneal: share of the steps during which the target falls.
         label_smoothing: as in ``F.cross_entropy``.
         teacher: a stock model whose logits the head is to follow as well; none if None.
@@ -179,7 +179,6 @@ class DynamicTask(nn.Module):
     """
 
     alpha: Tensor
-    shift: Tensor
     seen: Tensor
 
     def __init__(
@@ -193,7 +192,7 @@ class DynamicTask(nn.Module):
         exit_weighting: losses.ExitWeighting = "uniform",
         rate: float = 0.02,
         stiffness: float = 5.0,
-        shifting: float = 0.2,
+        push: float = 0.2,
         anneal: float = 0.5,
         label_smoothing: float = 0.0,
         teacher: nn.Module | None = None,
@@ -213,7 +212,7 @@ class DynamicTask(nn.Module):
         self.exit_weighting = exit_weighting
         self.rate = rate
         self.stiffness = stiffness
-        self.shifting = shifting
+        self.push = push
         self.anneal = anneal
         self.label_smoothing = label_smoothing
         self.teacher = _hidden(teacher)
@@ -221,12 +220,10 @@ class DynamicTask(nn.Module):
         self.distill_exits = distill_exits
         self.information = information
         self.register_buffer("alpha", torch.tensor(alpha or 0.0))
-        self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
-        self._set_shift()
         decisions = decide(self.model, x)
         share = losses.cost_share(decisions.cost, self.dense_cost)
         weight = self._cost_weight(_mean_over_processes(share.detach()))
@@ -263,14 +260,10 @@ class DynamicTask(nn.Module):
         if self.training:
             self.alpha += self.rate * (share - target)
             self.seen += 1
-            if self.shifting and hasattr(self.model, "channel_gates"):
-                self.shift.add_(self.shifting * (share - target)).clamp_(-LARGEST_SHIFT, LARGEST_SHIFT)
-                self.model.channel_gates.threshold.fill_(torch.sigmoid(self.shift))  # type: ignore[union-attr, operator]
+            for part in GATES if hasattr(self.model, "channel_gates") else ():
+                if hasattr(self.model, part):
+                    lower_logits(getattr(self.model, part), self.push * (share - target))
         return weight
-
-    def _set_shift(self) -> None:
-        """In training too, channel gates decide by the threshold."""
-        self.model.dynamic.shift = float(self.shift)  # type: ignore[union-attr]
 
 
 class ReinforceTask(DynamicTask):
@@ -345,7 +338,6 @@ class ReinforceTask(DynamicTask):
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
-        self._set_shift()
         greedy = self._greedy(x) if self.baseline == "greedy" else None
         decisions = self._sampled(x)
         counted = self.model.dynamic.priced is None  # type: ignore[union-attr]

@@ -34,7 +34,6 @@ class Dynamic:
     forced: Forced | None = None
     gating: str = "hard"  # how gates decide in training: see set_gating
     temperature: float = 1.0  # of sampled decisions
-    shift: float = 0.0  # what channel gates' logits are lowered by in training, before they are compared with 0
     drawing: bool = False  # whether layer gates sample in eval too: training that leaves work out
     priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
     slices: units.Slices | None = None  # of an optimised copy: sliced weights of patterns met before
@@ -265,8 +264,6 @@ class Walk:
         """For each hidden width of gated unit `g`, keeps of its groups [B', groups]."""
         assert self.channel_gates is not None
         probs = self.channel_gates(g, x)
-        if self.model.training:
-            probs = [sharpened(prob, shift=self.model.dynamic.shift) for prob in probs]
         sampled = self.model.training and self.model.dynamic.gating == "sample"  # sampling is for layer gates
         keeps = [straight_through(p) if sampled else self._choose(p, self.channel_levels, g) for p in probs]
         if self.forced is not None and self.forced.channel_keep is not None:

@@ -253,11 +253,9 @@ def exits_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 
 
 def _going_on(task: DynamicTask, outlook: Outlook) -> DynamicTask:
-    """A task starts with the threshold that the stage before it found, and with its alpha if it is steered."""
-    if "alpha" in outlook.previous:
-        task.shift.copy_(outlook.previous["shift"])
-        if task.target is not None:
-            task.alpha.copy_(outlook.previous["alpha"])
+    """A task that is steered starts with the alpha that the stage before it found."""
+    if task.target is not None and "alpha" in outlook.previous:
+        task.alpha.copy_(outlook.previous["alpha"])
     return task
 
 
