@@ -128,7 +128,7 @@ def _movable(model: Any, use: str) -> tuple[bool, bool]:
 
 
 @torch.no_grad()
-def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: float = 0.12) -> float:
+def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: float = 0.15) -> float:
     """Move one threshold for all gates until the mean cost of going to the head is as near to a target as it gets.
 
     Unlike `calibrate` it needs no labels and looks at no accuracy: it makes good what a trained network's cost is
