@@ -18,6 +18,7 @@ from . import losses
 from .forward import Decisions, decide
 from .gates import lower_logits, sharpened
 from .surgery import set_execution, set_gating
+from .walk import table_for
 
 GATES = ("layer_gates", "channel_gates")
 
@@ -225,12 +226,18 @@ class DynamicTask(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
         decisions = decide(self.model, x)
-        share = losses.cost_share(decisions.cost, self.dense_cost)
+        share = losses.cost_share(decisions.cost - self._early_exits(x), self.dense_cost)
         weight = self._cost_weight(_mean_over_processes(share.detach()))
         loss = self._classify(decisions, x, y) + weight * share
         if self.information and decisions.layer_prob.shape[1]:
             loss = loss - self.information * losses.unit_information(decisions.layer_prob)
         return {"loss": loss, **self._metrics(decisions, y, share, weight)}
+
+    def _early_exits(self, x: Tensor) -> float:
+        """What the exits before the head cost for an image of ``x``: evaluated in training, not without a budget."""
+        dynamic: Any = self.model.dynamic
+        table = table_for(self.model, tuple(x.shape[1:])) if dynamic.priced is None else dynamic.priced
+        return sum(one.head for one in table.exits[:-1])
 
     def _metrics(self, decisions: Decisions, y: Tensor, share: Tensor, weight: Tensor) -> dict[str, Tensor]:
         return {
