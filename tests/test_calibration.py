@@ -116,16 +116,20 @@ def test_a_cost_is_met_without_labels() -> None:
     del model.exits
     known, other = [x for x, _ in _images(256, 1)], _images(256, 2)
     for wanted in (0.4, 0.6, 0.8):
-        met = meet_cost(model, known, wanted, reach=1.0)
+        met = meet_cost(model, known, wanted, agreement=0.0)
         assert abs(met - wanted) < 0.01
         with torch.no_grad():
             assert abs(_share(model, other) - wanted) < 0.02
     before = model.layer_gates.threshold.clone()
     assert meet_cost(model, known, met) == met
     assert torch.equal(model.layer_gates.threshold, before), "no other threshold was nearer"
-    assert meet_cost(model, known, met - 0.2) == met, "too far: nothing is moved"
-    assert torch.equal(model.layer_gates.threshold, before)
-    assert 0.98 < meet_cost(model, known, 5.0, reach=5.0) < 1.02
+    assert 0.98 < meet_cost(model, known, 5.0) < 1.02
+    td.set_execution(model, "masked")
+    said = torch.cat([model(x).argmax(1) for x in known])
+    shut = meet_cost(model, known, 0.1, agreement=1.0)
+    assert 0.1 < shut < 1.02, "no more is shut than leaves all predictions as they were"
+    assert torch.equal(torch.cat([model(x).argmax(1) for x in known]), said)
+    assert meet_cost(model, known, 0.1, agreement=0.0) < shut - 0.05
     with pytest.raises(ValueError, match="0 kinds of gates"):
         meet_cost(timm.create_model("ddi_resnet20_cifar", layer_gates=False, channel_gates=False), known, 0.5)
     with pytest.raises(ValueError, match="0 batches"):

@@ -128,18 +128,18 @@ def _movable(model: Any, use: str) -> tuple[bool, bool]:
 
 
 @torch.no_grad()
-def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: float = 0.15) -> float:
+def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, agreement: float = 0.95) -> float:
     """Move one threshold for all gates until the mean cost of going to the head is as near to a target as it gets.
 
-    Unlike `calibrate` it needs no labels and looks at no accuracy: it makes good what a trained network's cost is
-    beside the one that it was trained for. A network that costs far more than that is left alone: units that it was
-    trained to run can be shut here and there, not by the dozen.
+    Unlike `calibrate` it needs no labels: it makes good what a trained network's cost is beside the one that it was
+    trained for. Gates are opened freely. They are shut as long as the network still says what it said: units that it
+    was trained to run can be shut here and there, not by the dozen.
 
     Args:
         model: a trained dynamic model with gates, in any mode.
         images: batches [B, C, H, W].
         fraction: the wanted mean MACs as a share of the stock model's.
-        reach: how far the cost may be above that for thresholds to be moved.
+        agreement: share of the images whose predicted class must stay the same where gates are shut.
 
     Returns:
         The mean share that is met. The thresholds are left as they were if no other one is nearer to the target.
@@ -153,14 +153,17 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: floa
         raise ValueError(f"meet_cost needs gates and images; found {len(parts)} kinds of gates, {len(batches)} batches")
     before = [part.threshold.clone() for part in parts]
     with _kept(model):
-        tried: dict[float | None, float] = {None: _mean_share(model, batches)}
+        first, said = _run_to_head(model, batches)
+        tried: dict[float | None, float] = {None: first}
         low, high = -12.0, 12.0  # logits: gates can be very sure, and all about as much
-        for _ in range(2 * HALVINGS if tried[None] - fraction <= reach else 0):
+        for _ in range(2 * HALVINGS):
             middle = (low + high) / 2
             level = 1 / (1 + math.exp(-middle))
             _set(model, level, None)
-            tried[level] = _mean_share(model, batches)
-            low, high = (middle, high) if tried[level] > fraction else (low, middle)
+            share, says = _run_to_head(model, batches)
+            if share >= first or (says == said).double().mean() >= agreement:
+                tried[level] = share
+            low, high = (middle, high) if share > fraction else (low, middle)
     best = min(tried, key=lambda threshold: abs(tried[threshold] - fraction))
     if best is not None:
         _set(model, best, None)
@@ -170,18 +173,20 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, reach: floa
     return tried[best]
 
 
-def _mean_share(model: Any, batches: list[Tensor]) -> float:
-    """Mean MACs of going to the head without any exit, as a share of the stock model's."""
+def _run_to_head(model: Any, batches: list[Tensor]) -> tuple[float, Tensor]:
+    """Mean MACs of going to the head without any exit, as a share of the stock model's, and the classes found [N]."""
     device = next(model.parameters()).device
-    spent, count = 0.0, 0
+    spent, said = 0.0, []
     for x in batches:
         walk = Walk(model, x.to(device), Log(len(x)), budgeted=False)
         assert walk.macs is not None
-        walk.to_exit(len(walk.stops) - 1)
-        macs = torch.as_tensor(walk.macs.spent + walk.macs.exit_cost(len(walk.stops) - 1), dtype=torch.float64)
+        last = len(walk.stops) - 1
+        walk.to_exit(last)
+        said.append(walk.classify(last, walk.x).argmax(-1))
+        macs = torch.as_tensor(walk.macs.spent + walk.macs.exit_cost(last), dtype=torch.float64)
         spent += macs.expand(len(x)).sum().item() / walk.macs.table.dense
-        count += len(x)
-    return spent / count
+    found = torch.cat(said)
+    return spent / len(found), found
 
 
 class _Search:
