@@ -219,8 +219,12 @@ def test_a_budget_of_milliseconds_is_kept_by_leaving_early(monkeypatch: pytest.M
     """With a table made by hand and a clock that always says the same."""
     model = dynamic("basic")
     counted = td.cost_table(model, (3, SIZE, SIZE))
-    table = dataclasses.replace(counted, unit="latency_ms", machine=measure.machine_name(model))
-    monkeypatch.setattr(benchmark_budget, "cost_table", lambda *args: table)
+    table = dataclasses.replace(counted, unit="latency_ms")
+
+    def measured(model: nn.Module, *args: Any) -> Any:
+        return dataclasses.replace(table, machine=measure.machine_name(model))
+
+    monkeypatch.setattr(benchmark_budget, "cost_table", measured)
     low, high = table.exits[0].dearest, table.exits[-1].dearest
     monkeypatch.setattr(Clock, "time", lambda self, work, calls=1: (high + 0.5, work().sum().item()))
     rows = benchmark_budgets(model, Benchmark(engines=("skipping",), **{**QUICK, "rounds": 8}), (low, high + 1))
@@ -249,6 +253,9 @@ def test_budgets_by_command() -> None:
     assert all(word in out for word in ("budget", "95 %", "left at exits"))
     assert invoke("ddi_resnet20_cifar", "--budgets", "--train")[0] == 2
     assert invoke("skipnet_resnet20_cifar", *OPTIONS, "--budgets")[0] == 2
+    code, _, err = invoke("ddi_resnet20_cifar", *OPTIONS, "--budgets", "--engine", "onnx")
+    assert code == 2
+    assert "timed for skipping and optimised; found ('onnx',)" in err
 
 
 def test_json_and_figure(tmp_path: Path) -> None:

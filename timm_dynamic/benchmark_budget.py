@@ -20,6 +20,7 @@ from .measure import cost_table
 from .surgery import force
 from .timing import Clock
 
+KEEPING = ("skipping", "optimised")  # engines
 STEPS = (0.25, 0.5, 0.75, 1.0)  # budgets: so far from the dearest way to the first exit to the dearest way to the head
 
 
@@ -81,17 +82,20 @@ def benchmark_budgets(
         watch: is given the rounds and gives them back: for a progress bar.
 
     Raises:
-        ValueError: if the network has no exits, or a budget is smaller than what its first exit needs.
+        ValueError: if the network has no exits, no engine is left, or a budget is less than its first exit needs.
     """
     config = config or Benchmark(rounds=100)
     if not hasattr(model, "exits"):
         raise ValueError("a budget of milliseconds is kept by leaving early: a network with exits is needed")
+    engines = [engine for engine in config.engines if engine in KEEPING]
+    if not engines:
+        raise ValueError(f"budgets of milliseconds are timed for {' and '.join(KEEPING)}; found {config.engines}")
     size = config.input_size or default_input_size(model)
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads or before)
     try:
         plain = set_budget(copy.deepcopy(model).eval().to(config.device, DTYPES[config.dtype]))
-        cases = _cases(plain, [e for e in config.engines if e in ("skipping", "optimised")], size, budgets)
+        cases = _cases(plain, engines, size, budgets)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, *size, generator=generator).to(config.device, DTYPES[config.dtype])
         clock, order = Clock(config.device, config.threads or before), random.Random(0)
