@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import timm_dynamic as td
 from timm_dynamic import losses
-from timm_dynamic.tasks import ReinforceTask
+from timm_dynamic.reinforcement import ReinforceTask
 
 UNITS = 4
 ALPHA = 0.7

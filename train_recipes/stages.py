@@ -16,8 +16,9 @@ import timm_dynamic as td
 from options import Settings
 from run_folder import RunError
 from timm_dynamic.evaluation import costs_of
+from timm_dynamic.reinforcement import ReinforceTask
 from timm_dynamic.surgery import force_always, set_gating, set_policy
-from timm_dynamic.tasks import GATES, BaseTask, DynamicTask, ExitsTask, ReinforceTask, WarmupTask
+from timm_dynamic.tasks import GATES, BaseTask, DynamicTask, ExitsTask, WarmupTask
 
 CHANGEABLE = (
     "epochs",
