@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,7 +264,19 @@ def test_what_a_run_leaves(whole: Path) -> None:
         (whole / name).read_text() for name in ("config.json", "metrics.jsonl", "summary.json", "report.html")
     )
     assert str(whole.parent) not in text
-    assert len(RunFolder(whole)._found()) == 2
+    ends, newest = [4, 8, 12], [15, 16]
+    assert [int(path.name) for path in RunFolder(whole)._found()] == sorted([*ends, *newest], reverse=True)
+
+
+def test_a_stage_can_be_tried_again(whole: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(whole, tmp_path / "run")
+    for path in (*RunFolder(again)._found()[:3], again / "summary.json", again / "report.html"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    newest = RunFolder(again).newest()
+    assert newest is not None
+    assert newest.name == "00000008"  # where IADI began
+    run(again, resume=True)
+    same_run(whole, again)
 
 
 def test_the_saved_network_is_the_trained_one(whole: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 SETTINGS, METRICS, CHECKPOINTS = "settings.json", "metrics.jsonl", "checkpoints"
 SUMMARY, REPORT, BASE = "summary.json", "report.html", "base"
-KEPT = 2  # checkpoints
+KEPT = 2  # checkpoints, beside the last one of every stage
 
 
 class RunError(Exception):
@@ -124,7 +124,9 @@ class RunFolder:
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def save(self, weights: dict[str, nn.Module], training: dict[str, Any], progress: Progress) -> None:
-        """Write a checkpoint: a temporary folder, then a rename; older ones but the last are removed.
+        """Write a checkpoint: a temporary folder, then a rename.
+
+        Of the older ones the last and the ends of stages are kept: a stage can be tried again from where it began.
 
         Args:
             weights: networks whose weights to keep, by the name of their file.
@@ -145,8 +147,7 @@ class RunFolder:
                 os.fsync(file.fileno())
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
-        for old in self._found()[KEPT:]:
-            shutil.rmtree(old)
+        self._tidy()
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole."""
@@ -155,6 +156,15 @@ class RunFolder:
                 return path
             print(f"{path} is not whole and is skipped")
         return None
+
+    def _tidy(self) -> None:
+        """Remove checkpoints that are neither among the newest nor the last of their stage."""
+        stages: set[int | None] = set()
+        for place, path in enumerate(self._found()):
+            stage = read_progress(path).stage if _whole(path) else None
+            if place >= KEPT and (stage is None or stage in stages):
+                shutil.rmtree(path)
+            stages.add(stage)
 
     def _found(self) -> list[Path]:
         """Checkpoints, the newest first."""
