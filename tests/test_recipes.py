@@ -268,7 +268,7 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert [int(path.name) for path in RunFolder(whole)._found()] == sorted([*ends, *newest], reverse=True)
 
 
-def test_a_stage_can_be_tried_again(whole: Path, tmp_path: Path) -> None:
+def test_going_on_from_the_end_of_a_stage(whole: Path, tmp_path: Path) -> None:
     again = shutil.copytree(whole, tmp_path / "run")
     for path in (*RunFolder(again)._found()[:3], again / "summary.json", again / "report.html"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -42,7 +42,7 @@ FLAGS = {
         Literal["auto", "fp32", "bf16", "fp16"],
         "Of the forward pass in training; auto is bf16 where it is fast, fp16 needs a GPU.",
     ),
-    "clip_grad": _flag(float | None, "Largest norm of the gradient."),
+    "clip_grad": _flag(float | None, "Largest norm of the gradient in all stages, instead of what each has."),
     "ema": _flag(float, "Decay of a moving average of the weights, which is measured and saved; 0 for none."),
     "compile": _flag(bool, "Compile the training step with torch.compile."),
     "grad_checkpointing": _flag(bool, "Compute units again in the backward pass, to save memory."),
@@ -61,6 +61,9 @@ FLAGS = {
     # Gates and what they cost
     "gate": _flag(Literal["ff1", "ff2", "rnn", "linear"], "Kind of layer gate."),
     "gate_init": _flag(Literal["random", "open"], "How gates start: as published, or keeping everything."),
+    "spread": _flag(
+        float, "Deviation between images that fresh gates' logits are scaled to; 0 leaves them as they were drawn."
+    ),
     "group_size": _flag(int, "Hidden channels that a channel gate decides on together; 1 is the paper's form."),
     "channel_mode": _flag(Literal["independent", "nested"], "Any groups of channels, or the first few of them."),
     "alpha": _flag(float | None, "Fixed weight of the cost, which is a share of the dense network's."),
@@ -98,7 +101,7 @@ TRAINING = (
     *("batch_size", "accumulate", "precision", "clip_grad", "ema", "compile", "grad_checkpointing", "epochs_scale"),
     *("max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
 )
-GATES = ("base", "gate", "gate_init", "alpha", "target", "cost", "energy", "distill", "information", "gain")
+GATES = ("base", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information", "gain")
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exit_weighting", "distill_exits")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "plain", "keep", "policy")

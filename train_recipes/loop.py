@@ -24,11 +24,13 @@ import results
 from options import Settings
 from processes import Sums, make_accelerator, peak_memory, seed_everything, start_trackers, track
 from run_folder import BASE, SUMMARY, Progress, RunError, RunFolder, load_weights, read_progress, read_training
-from stages import STATIC, Outlook, Stage, planned
+from stages import LEARNING, STATIC, Outlook, Stage, planned
 from timm_dynamic import set_execution
 from timm_dynamic.evaluation import static_policy
+from timm_dynamic.spreading import spread_gates
 
 VAL_BATCH = 256
+SPREAD_IMAGES, SMALL = 256, 64  # images of up to so many pixels a side; a quarter of that many larger ones
 
 
 def run(stages: tuple[Stage, ...], settings: Settings) -> None:
@@ -141,6 +143,8 @@ class Trainer:
                 stage.surgery(self.model, self.settings)
                 self._placed(self.model)
                 set_execution(self.model, "masked")
+                if stage.surgery in LEARNING and (index > first or checkpoint is None):
+                    self._spread_gates()
             if index < first:
                 continue
             self._run_stage(index, stage, checkpoint if index == first else None)
@@ -159,6 +163,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.drop_rows_after(self.progress.total)
         return checkpoint
+
+    def _spread_gates(self) -> None:
+        """Let fresh gates tell training images apart, but for the paper's plain form."""
+        if not self.settings.spread or self.settings.plain:
+            return
+        count = SPREAD_IMAGES if max(self.data.input_size) <= SMALL else SPREAD_IMAGES // 4
+        images = torch.cat(datasets.plain_images(self.data, count)).to(self.accelerator.device)
+        spread_gates(self.model, images, self.settings.spread)
 
     def _measure_dense(self) -> None:
         """Note what the network does before it has gates."""
@@ -231,8 +243,9 @@ class Trainer:
         with self.accelerator.accumulate(running.task):
             metrics = running.task(x, y)
             self.accelerator.backward(metrics["loss"])
-            if self.settings.clip_grad and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+            largest = running.stage.largest_norm(self.settings)
+            if largest and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
             running.optimizer.step()
             running.optimizer.zero_grad()
         running.sums.add(metrics)

@@ -54,6 +54,7 @@ class Settings:
     stage: tuple[str, ...] = ()
     gate: str = "rnn"
     gate_init: str = "random"
+    spread: float = 1.0
     group_size: int = 16
     channel_mode: str = "independent"
     alpha: float | None = None

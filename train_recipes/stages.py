@@ -29,6 +29,7 @@ CHANGEABLE = (
     "weight_decay",
     "gate_lr",
     "channel_lr",
+    "clip",
     "until",
     "alpha",
 )
@@ -77,6 +78,8 @@ class Stage:
         gate_lr: learning rate of the layer gates as a share of ``lr``. Slow gates stay undecided for longer, and end
             up looking at the image instead of always open or always shut.
         channel_lr: the same of the channel gates: each is small and learns from one unit alone.
+        clip: largest norm of the gradient, unless --clip-grad or --plain is given. A gate's gradient is a sum over all
+            that its unit computes: without a limit one odd batch can move a gate so far that it never comes back.
         until: skip ratio of all gates in training under which the stage ends, looked at when it is evaluated; if it
             never gets there, the run fails.
         alpha: weight of the cost in this stage, instead of the run's --alpha or --target.
@@ -94,6 +97,7 @@ class Stage:
     weight_decay: float = 1e-4
     gate_lr: float = 1.0
     channel_lr: float = 1.0
+    clip: float | None = None
     until: float | None = None
     alpha: float | None = None
 
@@ -115,6 +119,12 @@ class Stage:
         scales = {"layer_gates": self.gate_lr, "channel_gates": self.channel_lr} if not plain else {}
         found = [{"params": p, "lr_scale": scales.get(part, 1.0)} for part, p in groups.items() if p]
         return torch.optim.SGD(found, self.lr, momentum=0.9, weight_decay=self.weight_decay)
+
+    def largest_norm(self, settings: Settings) -> float | None:
+        """What the gradient's norm is limited to, if it is."""
+        if settings.clip_grad or settings.plain:
+            return settings.clip_grad
+        return self.clip
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
         """timm's scheduler for a stage of so many steps."""
@@ -189,6 +199,9 @@ def add_all_gates(model: nn.Module, settings: Settings) -> None:
     """Layer and channel gates (IADI)."""
     add_layer_gates(model, settings)
     add_channel_gates(model, settings)
+
+
+LEARNING = (add_layer_gates, add_soft_gates, add_channel_gates, add_all_gates)  # gates that are then trained
 
 
 def add_exits(model: nn.Module, settings: Settings) -> None:
@@ -294,4 +307,4 @@ def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Mod
 
 
 # The network that adapting has to beat; its length is that of what it is compared with.
-STATIC = Stage("static", base_task, surgery=fix_policy, epochs=25, lr=0.1)
+STATIC = Stage("static", base_task, surgery=fix_policy, epochs=25, lr=0.1, clip=1.0)
