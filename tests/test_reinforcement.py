@@ -199,6 +199,53 @@ def test_information_tells_variety_from_indecision() -> None:
     assert losses.unit_information(halves).item() == pytest.approx(0.6931, abs=1e-4)
 
 
+def test_entropy_of_certain_gates_has_a_slope() -> None:
+    prob = torch.tensor([[0.0, 1.0, 0.5]], requires_grad=True)
+    entropy = losses.gate_entropy(prob)
+    entropy.backward()
+    assert entropy.item() == pytest.approx(0.6931 / 3, abs=1e-4)
+    assert prob.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.05, 3.0])
+def test_the_temperature_follows_the_share_that_strays(scale: float) -> None:
+    """Whether gates lie close to the threshold or far from it."""
+    model = network()
+    with torch.no_grad():
+        for parameter in model.layer_gates.parameters():
+            parameter.mul_(scale)
+    one, (x, y) = task(model, explore=0.1), batch(64)
+    for _ in range(40):
+        one(x, y)
+    greedy = td.decide(model.eval(), x).layer_keep
+    with torch.no_grad():
+        strays = torch.stack([one._sampled(x).layer_keep.bool() != greedy for _ in range(20)])
+    assert strays.double().mean().item() == pytest.approx(0.1, abs=0.04)
+
+
+def test_the_temperature_stays_in_evaluation_and_unless_it_is_to_follow() -> None:
+    x, y = batch(8)
+    for one in (task(network(), explore=0.1).eval(), task(network())):
+        before = one.temperature.clone()
+        one(x, y)
+        assert torch.equal(one.temperature, before)
+
+
+def test_what_gates_learn_does_not_grow_as_the_temperature_falls() -> None:
+    """Near the threshold the slope by the logits is that of temperature 1, for the same decisions and pay."""
+    slopes = []
+    for temperature in (1.0, 0.01):
+        model = network()
+        nn.init.zeros_(model.layer_gates.fc.weight)
+        nn.init.zeros_(model.layer_gates.fc.bias)
+        one, (x, y) = task(model, explore=0.1, temperature=temperature, baseline="none", still=True), batch(8)
+        with sampled(PATTERNS[5]):
+            loss = one(x, y)["loss"]
+        slopes.append(torch.autograd.grad(loss, model.layer_gates.fc.bias)[0])
+    assert slopes[0].abs() > 1e-3
+    assert torch.allclose(slopes[1], slopes[0], rtol=1e-3)
+
+
 def test_distillation_is_zero_for_the_teacher_itself() -> None:
     logits = torch.randn(4, 6)
     assert losses.distillation(logits, logits).item() == pytest.approx(0.0, abs=1e-6)
@@ -214,6 +261,7 @@ def test_distillation_is_zero_for_the_teacher_itself() -> None:
         ({"baseline": "best"}, "found 'best'"),
         ({"unit_costs": [1.0]}, "one value for each of 4 gated units; found 1"),
         ({"alpha": 1.0, "target": 0.5}, "not both"),
+        ({"explore": 0.5}, r"a share of the decisions in \(0, 0.5\); found 0.5"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

@@ -124,7 +124,8 @@ def policy_gradient(keep: Tensor, prob: Tensor, advantage: Tensor) -> Tensor:
 
 def gate_entropy(prob: Tensor) -> Tensor:
     """Entropy of a gate's decision in nats, mean over images and gates. prob: [B, N]."""
-    return F.binary_cross_entropy(prob.float(), prob.float(), reduction="none").mean()
+    inside = prob.float().clamp(1e-6, 1 - 1e-6)  # where a gate is certain the slope is infinite
+    return F.binary_cross_entropy(inside, inside, reduction="none").mean()
 
 
 def unit_information(prob: Tensor) -> Tensor:

@@ -16,16 +16,20 @@ from .gates import sharpened
 from .surgery import set_execution, set_gating
 from .tasks import DynamicTask, mean_over_processes
 
+TEMPERATURES = (1e-3, 1.0)  # of sampled decisions
+
 
 class ReinforceTask(DynamicTask):
     """Layer gates trained by REINFORCE, the rest by the loss of what they let run (SkipNet, section 3.2, eq. 5, 6).
 
     Decisions are sampled; they carry no gradient, and the likelihood of each is pushed by what was paid from it on,
     less a baseline that does not depend on it. The paper's plain form is ``baseline="none", still=False,
-    normalise=False, temperature=1``; its reinforcement learning alone is ``supervised=False``.
+    normalise=False, temperature=1, explore=None``; its reinforcement learning alone is ``supervised=False``.
 
     In inference nothing is sampled. So alpha is steered by what the unsampled policy costs, where there is one; and a
-    low temperature samples near it: only gates that hardly know are tried the other way.
+    low temperature samples near it: only gates that hardly know are tried the other way. How low it has to be differs:
+    after supervised training probabilities lie close to the threshold, and at a temperature of 0.25 nearly half of the
+    decisions would be drawn the other way. So it follows the share that is.
 
     Args:
         model: a dynamic network with layer gates.
@@ -39,11 +43,14 @@ class ReinforceTask(DynamicTask):
         still: batch norms use their running statistics, and leave them as they are.
         normalise: divide what gates are paid by its deviation over the batch.
         entropy: weight of the entropy of the gates' decisions, which is to grow.
-        temperature: of the samples; see `set_gating`.
+        temperature: of the samples, at the start; see `set_gating`.
+        explore: share of the decisions that are to be drawn the other way, which the temperature then follows; None
+            leaves the temperature as it is.
         **steering: `alpha` or `target` and the other options of `DynamicTask`.
     """
 
     average: Tensor
+    temperature: Tensor
 
     def __init__(
         self,
@@ -59,6 +66,7 @@ class ReinforceTask(DynamicTask):
         normalise: bool = True,
         entropy: float = 0.0,
         temperature: float = 0.25,
+        explore: float | None = None,
         **steering: Any,
     ):
         super().__init__(model, dense_cost, steps, **steering)
@@ -69,6 +77,8 @@ class ReinforceTask(DynamicTask):
             raise ValueError(f"baseline must be 'greedy', 'average' or 'none'; found {baseline!r}")
         if unit_costs is not None and len(unit_costs) != gates:
             raise ValueError(f"unit_costs needs one value for each of {gates} gated units; found {len(unit_costs)}")
+        if explore is not None and not 0 < explore < 0.5:
+            raise ValueError(f"explore must be a share of the decisions in (0, 0.5); found {explore}")
         self.unit_costs = [1.0] * gates if unit_costs is None else [float(cost) for cost in unit_costs]
         self.beta = beta
         self.supervised = supervised
@@ -76,7 +86,8 @@ class ReinforceTask(DynamicTask):
         self.still = still
         self.normalise = normalise
         self.entropy = entropy
-        self.temperature = temperature
+        self.explore = explore
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
         self.register_buffer("average", torch.zeros(gates))
 
     def train(self, mode: bool = True) -> ReinforceTask:
@@ -95,10 +106,15 @@ class ReinforceTask(DynamicTask):
         share = losses.cost_share((greedy if greedy and counted else decisions).cost, self.dense_cost)
         weight = self._cost_weight(mean_over_processes(share.detach()))
         paid = self._paid(decisions, y, weight)
-        prob = sharpened(decisions.layer_prob, self.temperature)
+        temperature = self.temperature.item()
+        prob = sharpened(decisions.layer_prob, temperature)
         advantage = self._advantage(paid, None if greedy is None else self._paid(greedy, y, weight))
         loss = losses.policy_gradient(decisions.layer_keep, prob, advantage)
-        loss = loss - self.entropy * losses.gate_entropy(prob)
+        if self.explore is not None:
+            loss = loss * temperature  # its slope by the logits does not depend on the temperature
+            self._follow(prob.detach())
+        if self.entropy:
+            loss = loss - self.entropy * losses.gate_entropy(prob)
         if self.information:
             loss = loss - self.information * losses.unit_information(decisions.layer_prob)
         if self.supervised:
@@ -123,6 +139,13 @@ class ReinforceTask(DynamicTask):
             paid = paid - before
         return paid / paid.std().clamp_min(1e-6) if self.normalise else paid
 
+    def _follow(self, prob: Tensor) -> None:
+        """Move the temperature towards the wanted share of decisions that are drawn the other way."""
+        if self.training and self.explore is not None:
+            strays = mean_over_processes(torch.minimum(prob, 1 - prob).mean())
+            self.temperature *= (self.explore / strays.clamp_min(1e-4)).sqrt()
+            self.temperature.clamp_(*TEMPERATURES)
+
     def _sampled(self, x: Tensor) -> Decisions:
         """What the network does when it samples.
 
@@ -133,12 +156,12 @@ class ReinforceTask(DynamicTask):
         parts = any(hasattr(self.model, part) for part in ("channel_gates", "exits"))
         if self.still and not parts and dynamic.priced is None:
             with self._leaving_work_out():
-                dynamic.drawing, dynamic.temperature = True, self.temperature
+                dynamic.drawing, dynamic.temperature = True, self.temperature.item()
                 try:
                     return decide(self.model, x)
                 finally:
                     dynamic.drawing = False
-        set_gating(self.model, "sample", self.temperature)
+        set_gating(self.model, "sample", self.temperature.item())
         try:
             return decide(self.model, x)
         finally:

@@ -89,7 +89,10 @@ FLAGS = {
         Literal["greedy", "average", "none"], "What is taken off: the unsampled policy's pay, a moving average."
     ),
     "entropy": _flag(float, "Weight of the entropy of sampled gates, which is to grow."),
-    "temperature": _flag(float, "Of sampled gates in a trained network: below 1 they stray less from the unsampled."),
+    "temperature": _flag(float, "Of sampled gates in a trained network, at the start: below 1 they stray less."),
+    "explore": _flag(
+        float, "Share of a trained network's sampled decisions that stray, which the temperature follows; 0: it stays."
+    ),
     "plain": _flag(bool, "The paper's plain form: no baseline, moving batch norms, no added terms, gates as fast."),
     "keep": _flag(float, "Share of the units that sdv runs."),
     "policy": _flag(str | None, "For static: 1 or 0 for each gated unit, as in 11010110."),
@@ -104,7 +107,18 @@ TRAINING = (
 GATES = ("base", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information", "gain")
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exit_weighting", "distill_exits")
-REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "plain", "keep", "policy")
+REINFORCEMENT = (
+    "method",
+    "beta",
+    "unit_cost",
+    "baseline",
+    "entropy",
+    "temperature",
+    "explore",
+    "plain",
+    "keep",
+    "policy",
+)
 
 
 def takes(*groups: tuple[str, ...], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -71,6 +71,7 @@ class Settings:
     baseline: str = "greedy"
     entropy: float = 0.0
     temperature: float = 0.25
+    explore: float = 0.02
     plain: bool = False
     keep: float = 0.6
     policy: str | None = None
@@ -136,6 +137,8 @@ def _check(found: Settings, prefix: str) -> None:
     for name in ("holdout", "distill", "information", "distill_exits", "beta", "entropy"):
         if getattr(found, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
+    if not 0 <= found.explore < 0.5:
+        raise RunError(f"--explore must be a share in [0, 0.5); found {found.explore}")
     if found.temperature <= 0:
         raise RunError(f"--temperature must be above 0; found {found.temperature}")
     for name in ("ema", "keep"):

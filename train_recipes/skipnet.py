@@ -21,7 +21,7 @@ from stages import (
 BASE = Stage("base", base_task, epochs=12, lr=0.1)
 SP = Stage("sp", dynamic_task, surgery=add_layer_gates, epochs=15, lr=0.1, gate_lr=0.3, clip=1.0)
 SOFT = Stage("soft", dynamic_task, surgery=add_soft_gates, epochs=15, lr=0.1, gate_lr=0.3, clip=1.0)
-HRL = Stage("hrl", hybrid_task, epochs=10, lr=0.01, gate_lr=0.1)
+HRL = Stage("hrl", hybrid_task, epochs=10, lr=0.01, gate_lr=0.1, clip=1.0)
 # As long as the stages of sp+hrl together:
 SCRATCH = Stage("hrl", hybrid_task, surgery=add_layer_gates, epochs=37, lr=0.1, gate_lr=0.1)
 ALONE = Stage("rl", reinforce_task, surgery=add_layer_gates, epochs=37, lr=0.1, gate_lr=0.1)

@@ -286,6 +286,7 @@ def reinforce_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Module:
     settings = outlook.settings
     plain, costs = settings.plain, None
+    near = bool(outlook.previous) and not plain  # a trained network samples near what it would do
     if settings.unit_cost == "macs":
         units = [unit.branch for unit in costs_of(model, outlook.input_size).units if unit.skippable]
         costs = [cost * len(units) / sum(units) for cost in units]
@@ -297,10 +298,11 @@ def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Mod
         beta=settings.beta,
         supervised=supervised,
         baseline="none" if plain else settings.baseline,
-        still=bool(outlook.previous) and not plain,
+        still=near,
         normalise=not plain,
         entropy=0.0 if plain else settings.entropy,
-        temperature=1.0 if plain or not outlook.previous else settings.temperature,
+        temperature=settings.temperature if near else 1.0,
+        explore=settings.explore or None if near else None,
         **_steering(outlook),
     )
     return _going_on(task, outlook)
