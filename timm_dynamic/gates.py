@@ -34,16 +34,15 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def open_logit(factors: int = 1) -> float:
-    """What a gate starts at so that it keeps for sure, where its probability is a product of so many factors."""
-    prob = OPEN_PROB ** (1 / factors)
+def logit(prob: float) -> float:
+    """The logit of a probability."""
     return math.log(prob / (1 - prob))
 
 
-def open_gate(linear: nn.Linear, factors: int = 1) -> None:
-    """Make a gate's last layer keep whatever its input; see `open_logit`."""
+def open_gate(linear: nn.Linear, prob: float = OPEN_PROB) -> None:
+    """Make a gate's last layer say `prob` whatever its input."""
     nn.init.zeros_(linear.weight)
-    nn.init.constant_(linear.bias, open_logit(factors))
+    nn.init.constant_(linear.bias, logit(prob))
 
 
 def thresholds(count: int) -> nn.Buffer:
@@ -243,15 +242,13 @@ class ChannelGates(nn.Module):
             kind = NarrowDenseGate if site.grows else PooledChannelGate
             gate = kind(site, sum(map(len, sizes)))
             if config.init == "open":
-                open_gate(gate.get_submodule("fc"), self.factors(len(self.gates)))  # type: ignore[arg-type]
+                # a nested group's probability is a product over the groups before it
+                deepest = max(map(len, sizes)) if config.mode == "nested" else 1
+                open_gate(gate.get_submodule("fc"), OPEN_PROB ** (1 / deepest))  # type: ignore[arg-type]
             self.gates.append(gate)
 
     def __len__(self) -> int:
         return len(self.gates)
-
-    def factors(self, index: int) -> int:
-        """Of how many numbers a probability of unit `index` is the product, at most: nested ones of all before them."""
-        return max(map(len, self.sizes[index])) if self.config.mode == "nested" else 1
 
     def forward(self, index: int, x: Tensor) -> list[Tensor]:
         """x: [B, C, H, W] -> for each hidden width of unit `index`, probabilities [B, groups] in float32."""

@@ -61,7 +61,7 @@ class Bench:
         wanted = "adaptive_gain" if values.get("gain") else "dynamic"
         if not (folder / SUMMARY).exists() or wanted not in json.loads((folder / SUMMARY).read_text()):
             given = {**self.common, "model": PREFIX[recipe] + model, "seed": self.seed, **values}
-            given |= {"output": folder, "resume": True}
+            given |= {"output": folder, "resume": True} | ({"spread": skipnet.SPREAD} if recipe == "skipnet" else {})
             run(stages, options.settings(recipe, given, PREFIX[recipe]))
         return json.loads((folder / SUMMARY).read_text())
 

@@ -62,7 +62,7 @@ FLAGS = {
     "gate": _flag(Literal["ff1", "ff2", "rnn", "linear"], "Kind of layer gate."),
     "gate_init": _flag(Literal["random", "open"], "How gates start: as published, or keeping everything."),
     "spread": _flag(
-        float, "Deviation between images that fresh gates' logits are scaled to; 0 leaves them as they were drawn."
+        float, "Deviation between images that fresh layer gates' logits are scaled to; 0 leaves them as drawn."
     ),
     "group_size": _flag(int, "Hidden channels that a channel gate decides on together; 1 is the paper's form."),
     "channel_mode": _flag(Literal["independent", "nested"], "Any groups of channels, or the first few of them."),
@@ -108,16 +108,7 @@ GATES = ("base", "gate", "gate_init", "spread", "alpha", "target", "cost", "ener
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exit_weighting", "distill_exits")
 REINFORCEMENT = (
-    "method",
-    "beta",
-    "unit_cost",
-    "baseline",
-    "entropy",
-    "temperature",
-    "explore",
-    "plain",
-    "keep",
-    "policy",
+    *("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain", "keep", "policy"),
 )
 
 

@@ -165,7 +165,7 @@ class Trainer:
         return checkpoint
 
     def _spread_gates(self) -> None:
-        """Let fresh gates tell training images apart, but for the paper's plain form."""
+        """Let fresh layer gates tell training images apart, but for the paper's plain form."""
         if not self.settings.spread or self.settings.plain:
             return
         count = SPREAD_IMAGES if max(self.data.input_size) <= SMALL else SPREAD_IMAGES // 4

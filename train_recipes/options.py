@@ -54,7 +54,7 @@ class Settings:
     stage: tuple[str, ...] = ()
     gate: str = "rnn"
     gate_init: str = "random"
-    spread: float = 1.0
+    spread: float = 0.5
     group_size: int = 16
     channel_mode: str = "independent"
     alpha: float | None = None

@@ -27,6 +27,8 @@ SCRATCH = Stage("hrl", hybrid_task, surgery=add_layer_gates, epochs=37, lr=0.1, 
 ALONE = Stage("rl", reinforce_task, surgery=add_layer_gates, epochs=37, lr=0.1, gate_lr=0.1)
 SDV = Stage("sdv", base_task, surgery=drop_at_random, epochs=25, lr=0.1)
 
+SPREAD = 1.0  # more than beside channel gates: these then take over what layer gates are slow to close
+
 METHODS = {
     "sp": (BASE, SP),
     "soft": (BASE, SOFT),
@@ -39,7 +41,8 @@ METHODS = {
 
 
 @flags.takes(
-    flags.RUN, flags.TRAINING, flags.GATES, flags.REINFORCEMENT, model="skipnet_resnet20_cifar", method="sp+hrl"
+    *(flags.RUN, flags.TRAINING, flags.GATES, flags.REINFORCEMENT),
+    **{"model": "skipnet_resnet20_cifar", "method": "sp+hrl", "spread": SPREAD},
 )
 def main(**values: object) -> None:
     """Train a SkipNet; without options skipnet_resnet20_cifar on the digits, to half of the dense MACs.

@@ -201,7 +201,7 @@ def add_all_gates(model: nn.Module, settings: Settings) -> None:
     add_channel_gates(model, settings)
 
 
-LEARNING = (add_layer_gates, add_soft_gates, add_channel_gates, add_all_gates)  # gates that are then trained
+LEARNING = (add_layer_gates, add_soft_gates, add_all_gates)  # layer gates that are then trained
 
 
 def add_exits(model: nn.Module, settings: Settings) -> None:
