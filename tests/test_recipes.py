@@ -481,6 +481,44 @@ def test_gates_learn_at_rates_of_their_own() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.1, 0.5])
 
 
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({}, 1.0), ({"clip_grad": 3.0}, 3.0), ({"plain": True}, None), ({"clip_grad": 3.0, "plain": True}, 3.0)],
+)
+def test_what_a_gradient_is_limited_to(tmp_path: Path, changes: dict[str, Any], wanted: float | None) -> None:
+    """What the stage has, or what was asked for; nothing in the paper's plain form."""
+    found = settings(tmp_path, "skipnet", **changes)
+    assert skipnet.SP.largest_norm(found) == wanted
+    assert skipnet.BASE.largest_norm(found) == changes.get("clip_grad")
+
+
+def test_gradients_are_limited_where_gates_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def counted(parameters: Any, norm: float, **more: Any) -> Any:
+        asked.append(norm)
+        return clip(parameters, norm, **more)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counted)
+    run(
+        tmp_path / "run",
+        stages=(skipnet.BASE, dataclasses.replace(skipnet.SP, clip=0.5)),
+        method="sp",
+        recipe="skipnet",
+    )
+    assert asked == [0.5] * 4
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [({}, True), ({"spread": 0.0}, False), ({"plain": True}, False)])
+def test_layer_gates_start_spread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], wanted: bool
+) -> None:
+    called = []
+    monkeypatch.setattr(loop, "spread_gates", lambda model, images, size: called.append((len(images), size)))
+    run(tmp_path / "run", stages=skipnet.METHODS["sp"], method="sp", recipe="skipnet", **changes)
+    assert called == ([(256, 0.5)] if wanted else [])
+
+
 def test_accumulated_parts_give_the_whole_batch(tmp_path: Path) -> None:
     """Two halves of a batch give the gradient of the whole one, where no batch norm sees the batch."""
     found = []
