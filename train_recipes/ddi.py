@@ -11,8 +11,8 @@ from stages import Stage, add_all_gates, add_exits, base_task, dynamic_task, war
 STAGES = (
     Stage("base", base_task, epochs=12, lr=0.1),
     Stage("warmup", warmup_task, surgery=add_all_gates, trains="gates", epochs=2, lr=0.1, until=0.02, clip=1.0),
-    Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.3, clip=1.0),
-    Stage("ddi", dynamic_task, surgery=add_exits, epochs=12, lr=0.05, gate_lr=0.3, clip=1.0),
+    Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.3, clip=5.0),
+    Stage("ddi", dynamic_task, surgery=add_exits, epochs=12, lr=0.05, gate_lr=0.3, clip=5.0),
 )
 
 

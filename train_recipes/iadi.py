@@ -11,7 +11,7 @@ from stages import Stage, add_all_gates, base_task, dynamic_task, warmup_task
 STAGES = (
     Stage("base", base_task, epochs=12, lr=0.1),
     Stage("warmup", warmup_task, surgery=add_all_gates, trains="gates", epochs=2, lr=0.1, until=0.02, clip=1.0),
-    Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.3, clip=1.0),
+    Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.3, clip=5.0),
 )
 
 
