@@ -35,8 +35,8 @@ from timm_dynamic.comparison import Claim, write_comparison
 from timm_dynamic.evaluation import evaluate
 
 _WARMUP, _IADI, _DDI = IADI_STAGES[1], IADI_STAGES[2], DDI_STAGES[3]
-LAYERS = (replace(_WARMUP, surgery=add_layer_gates), replace(_IADI, name="layers"))
-CHANNELS = (replace(_WARMUP, surgery=add_channel_gates), replace(_IADI, name="channels"))
+LAYERS = (replace(_WARMUP, surgery=add_layer_gates), replace(_IADI, name="layers", clip=skipnet.SP.clip))
+CHANNELS = (replace(_WARMUP, surgery=add_channel_gates), replace(_IADI, name="channels", clip=skipnet.SP.clip))
 CUT = (*IADI_STAGES, Stage("cut", exits_task, surgery=add_exits, trains="exits", epochs=_DDI.epochs, lr=_DDI.lr))
 OPEN = (replace(_IADI, name="open", surgery=add_all_gates),)
 FRACTIONS = (0.3, 0.4, 0.5, 0.65)
