@@ -26,7 +26,7 @@ from .safety import CONFIG, WEIGHTS
 from .surgery import strip
 from .walk import dynamic_of, table_for
 
-DEFAULT = "ddi_resnet38_cifar.cifar10"  # the network that is shown if none is named
+DEFAULT = "ddi_resnet38_cifar.cifar10_ddi"  # the network that is shown if none is named
 SAME_WEIGHTS = "the same weights with every unit run: no gates, no exits"
 STOCK = "the stock network that it was made from, trained without gates"
 RUNS = 5  # of each network, of which the median is taken
