@@ -375,7 +375,9 @@ def test_a_model_that_cannot_be_trained(tmp_path: Path, model: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change", ["iadi.epoch=3", "nope.epochs=3", "iadi.lr=fast", "iadi.schedule=linear", "iadi"])
+@pytest.mark.parametrize(
+    "change", ["iadi.epoch=3", "nope.epochs=3", "iadi.lr=fast", "iadi.schedule=linear", "iadi.clip=-1", "iadi"]
+)
 def test_a_stage_change_that_makes_no_sense(tmp_path: Path, change: str) -> None:
     with pytest.raises(RunError):
         planned(ddi.STAGES, settings(tmp_path, stage=[change]))
@@ -490,6 +492,12 @@ def test_what_a_gradient_is_limited_to(tmp_path: Path, changes: dict[str, Any], 
     found = settings(tmp_path, "skipnet", **changes)
     assert skipnet.SP.largest_norm(found) == wanted
     assert skipnet.BASE.largest_norm(found) == changes.get("clip_grad")
+
+
+@pytest.mark.parametrize("name", ["spread", "clip_grad"])
+def test_what_cannot_be_negative(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunError, match="must be 0 or above; found -1"):
+        settings(tmp_path, "skipnet", **{name: -1.0})
 
 
 def test_gradients_are_limited_where_gates_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,9 +107,8 @@ TRAINING = (
 GATES = ("base", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information", "gain")
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exit_weighting", "distill_exits")
-REINFORCEMENT = (
-    *("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain", "keep", "policy"),
-)
+REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
+POLICIES = ("keep", "policy")
 
 
 def takes(*groups: tuple[str, ...], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -134,11 +134,13 @@ def _check(found: Settings, prefix: str) -> None:
     for name in ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size"):
         if getattr(found, name) <= 0:
             raise RunError(f"--{name.replace('_', '-')} must be above 0; found {getattr(found, name)}")
-    for name in ("holdout", "distill", "information", "distill_exits", "beta", "entropy"):
+    for name in ("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy"):
         if getattr(found, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
     if not 0 <= found.explore < 0.5:
         raise RunError(f"--explore must be a share in [0, 0.5); found {found.explore}")
+    if found.clip_grad is not None and found.clip_grad < 0:
+        raise RunError(f"--clip-grad must be 0 or above; found {found.clip_grad}")
     if found.temperature <= 0:
         raise RunError(f"--temperature must be above 0; found {found.temperature}")
     for name in ("ema", "keep"):

@@ -126,7 +126,7 @@ class RunFolder:
     def save(self, weights: dict[str, nn.Module], training: dict[str, Any], progress: Progress) -> None:
         """Write a checkpoint: a temporary folder, then a rename.
 
-        Of the older ones the last and the ends of stages are kept: a stage can be tried again from where it began.
+        Of the older ones the last and the ends of stages are kept.
 
         Args:
             weights: networks whose weights to keep, by the name of their file.

@@ -41,8 +41,10 @@ METHODS = {
 
 
 @flags.takes(
-    *(flags.RUN, flags.TRAINING, flags.GATES, flags.REINFORCEMENT),
-    **{"model": "skipnet_resnet20_cifar", "method": "sp+hrl", "spread": SPREAD},
+    *(flags.RUN, flags.TRAINING, flags.GATES, flags.REINFORCEMENT, flags.POLICIES),
+    model="skipnet_resnet20_cifar",
+    method="sp+hrl",
+    spread=SPREAD,
 )
 def main(**values: object) -> None:
     """Train a SkipNet; without options skipnet_resnet20_cifar on the digits, to half of the dense MACs.

@@ -147,6 +147,8 @@ class Stage:
             parsed: Any = value if key == "schedule" else _numbers(key, value)
         except ValueError as error:
             raise RunError(f"{self.name}.{key} needs a number; found {value!r}") from error
+        if key == "clip" and parsed < 0:
+            raise RunError(f"{self.name}.clip must be 0 or above; found {value}")
         fresh: dict[str, Any] = {"iterations": None} if key == "epochs" else {}
         return dataclasses.replace(self, **fresh, **{key: parsed})
 
