@@ -84,7 +84,14 @@ def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], se
     gated = [stage for stage in stages if stage.name != "base" and stage.trains == "all"]
     per_epoch = len(data.train) // settings.batch_size  # type: ignore[arg-type]
     steps = sum(stage.steps(per_epoch, settings) for stage in gated)
-    stage = replace(STATIC, iterations=steps, lr=max(stage.lr for stage in gated))
+    longest = max(gated, key=lambda stage: stage.steps(per_epoch, settings))
+    stage = replace(
+        STATIC,
+        iterations=steps,
+        lr=max(stage.lr for stage in gated),
+        schedule=longest.schedule,
+        milestones=longest.milestones,
+    )
     changes: dict[str, Any] = {"method": "static", "policy": str(policy), "base": str(root / BASE), "stage": ()}
     changes |= {"output": root / "static", "resume": True, "gain": False, "epochs_scale": 1.0, "max_steps": None}
     _train(accelerator, (stage,), replace(settings, **changes))

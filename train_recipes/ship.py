@@ -25,10 +25,10 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-import timm_dynamic as td
 from options import command as run_from_command_line
 from run_folder import SUMMARY, RunError
 from timm_dynamic.budgets import default_input_size
+from timm_dynamic.calibration import apply_calibration, calibrations
 from timm_dynamic.card import model_card
 from timm_dynamic.cli import images, rows
 from timm_dynamic.cli.app import BATCH
@@ -195,7 +195,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     found |= _gain(stored, summary, settings, order)
     if held_out is not None:
         calibrated, more = _calibrated(stage, order, held_out)
-        kept_out = settings.get("holdout") == order.holdout
+        kept_out = (settings.get("holdout") or 0) >= (order.holdout or 0)  # the first ones of the same permutation
         found["calibrated"] = {"images": order.holdout, "held_out": kept_out, "rows": calibrated}
         lines += more
     return found, lines
@@ -274,16 +274,13 @@ def _held_out(model: Any, order: Order) -> images.Folder:
 
 def _calibrated(stage: Path, order: Order, held_out: images.Folder) -> tuple[list[Row], list[str]]:
     """Thresholds for other mean costs, and what they give."""
-    batches = list(images.batches(held_out, BATCH, 0))
+    model: Any = load(f"local-dir:{stage}", pretrained=True)
+    targets = order.targets or TARGETS
+    settings = calibrations(model, images.batches(held_out, BATCH, 0), targets)
+    lines = [f"no row for --target {target}: no thresholds meet it" for target in targets if target not in settings]
     found: list[Row] = []
-    lines = []
-    for target in order.targets or TARGETS:
-        model: Any = load(f"local-dir:{stage}", pretrained=True)
-        try:
-            set_to = td.calibrate(model, batches, fraction=target)
-        except ValueError as error:
-            lines.append(f"no row for --target {target}: {one_line(error)}")
-            continue
+    for target, set_to in settings.items():
+        apply_calibration(model, set_to)
         early = set_to.confidence if hasattr(model, "exits") and set_to.confidence <= 1 else None
         row = _few(_row(model, order))
         found.append({"target": target, "threshold": set_to.threshold, "confidence": early, **row})
