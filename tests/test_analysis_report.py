@@ -124,6 +124,7 @@ def made(data: Path, run: Path, beside: Path, tmp_path_factory: pytest.TempPathF
     claim = {"text": "a study's own claim", "difference": 0.7, "seeds": 2, "found": "agrees"}
     study.write_text(json.dumps({"title": "study", "rows": rows, "claims": [claim]}))
     options = ("--held-out", 50, "--target", 0.5, "--rounds", 2, "--threads", 1, "--json", "--study", study)
+    options = (*options, "--figures", run / "drawn" / "figures")
     done = command(f"local-dir:{run}", "--data", data, "--beside", f"local-dir:{beside}", *options)
     assert done.exit_code == 0, done.output
     numbers = json.loads(done.stdout)
@@ -153,6 +154,15 @@ def test_every_figure_has_alt_text_and_a_table_below(made: tuple[str, dict[str, 
     for figure in map(ElementTree.fromstring, pieces):
         assert figure.get("role") == "img"
         assert len(figure.get("aria-label") or "") > 20
+
+
+def test_every_figure_is_a_file_too(made: tuple[str, dict[str, Any]], run: Path) -> None:
+    files = {file.name: file.read_text(encoding="utf-8") for file in (run / "drawn" / "figures").iterdir()}
+    assert len(files) == made[0].count("<svg")
+    assert {"cost.svg", "training-1.svg", "training-2.svg"} <= set(files)
+    for text in files.values():
+        assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+        assert text.strip() in made[0]
 
 
 def test_numbers_agree_with_each_other(made: tuple[str, dict[str, Any]]) -> None:
@@ -229,6 +239,8 @@ def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:
     ("args", "message"),
     [
         (("RUN", "--data", "DATA", "--beside", "RUN"), "is named twice"),
+        (("RUN", "--data", "DATA", "--figures", "DATA/val/cat/0.png"), "--figures must name a folder; found the file"),
+        (("RUN", "--figures", "x"), "--figures goes with --data"),
         (("RUN", "--data", "DATA", "-o", "/no/such/page.html"), "no folder /no/such to write page.html to"),
         (("local-dir:x", "--beside", "y"), "--beside goes with --data"),
         (("local-dir:x", "--json"), "--json goes with --data"),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import html
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +124,15 @@ class Analysis:
         links = " ".join(f'<a href="#{one.key}">{html.escape(one.title)}</a>' for one in self.sections)
         parts = [paragraph(self.intro), f"<nav>{links}</nav>", *(one.html() for one in self.sections)]
         return page(self.title, parts)
+
+    def figures(self) -> dict[str, str]:
+        """Each figure as the text of an SVG file, by its name: "cost", "training-1", "training-2"."""
+        found: dict[str, str] = {}
+        for one in self.sections:
+            drawings = re.findall(r"<svg.*?</svg>", one.html(), re.DOTALL)
+            names = [one.key] if len(drawings) == 1 else [f"{one.key}-{k}" for k in range(1, len(drawings) + 1)]
+            found |= {name: f"{text}\n" for name, text in zip(names, drawings, strict=True)}
+        return found
 
     def numbers(self) -> dict[str, Any]:
         """JSON values: what the tables show."""

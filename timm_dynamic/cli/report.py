@@ -45,6 +45,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The page. Default: report.html, in the run's folder if any.")
     ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Write each figure there too, as SVG.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; default: torch's own choice.")] = None,
@@ -59,19 +60,31 @@ def report(
     """
     if data is None:
         options = {"--beside": beside, "--held-out": held_out, "--target": target, "--study": study, "--images": images}
-        _again(name, {**options, "--output": output, "--json": as_json})
+        _again(name, {**options, "--output": output, "--figures": figures, "--json": as_json})
         return
     from .analyses import Request, Wanted, analyse_named, run_folder
 
     path = output or (run_folder(name) or Path()) / PAGE
     if not path.parent.is_dir():
         raise BadInput(f"no folder {path.parent} to write {path.name} to")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise BadInput(f"--figures must name a folder; found the file {figures}")
     request = Request(name, data, split, batch_size, workers, device, threads)
     wanted = Wanted(beside or (), study or (), images, held_out, target, rounds)
     found = analyse_named(request, wanted)
     with bad_input(OSError, about=f"{path} cannot be written"):
         path.write_text(found.html(), encoding="utf-8")
+    if figures is not None:
+        _draw(found.figures(), figures)
     typer.echo(json.dumps({"report": str(path), **found.numbers()}, indent=2) if as_json else str(path))
+
+
+def _draw(figures: dict[str, str], folder: Path) -> None:
+    """Write figures as files; the folder is made if need be."""
+    with bad_input(OSError, about=f"the figures cannot be written to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in figures.items():
+            (folder / f"{name}.svg").write_text(text, encoding="utf-8")
 
 
 def _again(name: str, options: dict[str, object]) -> None:
