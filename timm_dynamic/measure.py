@@ -4,6 +4,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,9 +156,10 @@ def _measure_latency(model: nn.Module, size: tuple[int, int, int]) -> CostTable:
     parts = build_table(model, size, meter)
     x = meter.input(model, size)
     timings(lambda: _whole(model, x, 1.0), 3)
-    keeps = (1.0, 0.5) if hasattr(model, "channel_gates") else (1.0,)
-    typical = {keep: statistics.median(timings(lambda k=keep: _whole(model, x, k), ROUNDS)) for keep in keeps}  # type: ignore[misc]
-    dearest = max(keeps, key=typical.__getitem__)
+    dearest = 1.0
+    if hasattr(model, "channel_gates"):
+        typical = {keep: statistics.median(timings(partial(_whole, model, x, keep), ROUNDS)) for keep in (1.0, 0.5)}
+        dearest = max(typical, key=typical.__getitem__)
     slow = sorted(timings(lambda: _whole(model, x, dearest), WHOLE_ROUNDS))[-TAKEN]
     return parts.scaled(max(1.0, slow / parts.exits[-1].dearest), machine_name(model))
 
