@@ -1,5 +1,6 @@
 """`force`: what is decided instead of the gates, and what is refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import timm_dynamic as td
 from timm_dynamic import surgery
+from timm_dynamic.tasks import BaseTask
 
 
 def test_force_gives_what_was_asked() -> None:
@@ -223,6 +225,30 @@ def test_a_policy_is_held_in_training_and_saved_for_eval(tmp_path: Any) -> None:
     for odd in (("0110", channels), (layers, channels[:-1]), (layers, ""), ("0110110x", channels)):
         with pytest.raises(ValueError, match="zeros and ones; found"):
             surgery.set_policy(model, *odd)
+
+
+@pytest.mark.parametrize("name", ["skipnet_resnet20_cifar", "skipnet_densenet40_cifar"])
+def test_units_that_a_policy_shuts_are_not_computed_in_training(name: str) -> None:
+    torch.manual_seed(0)
+    computed = timm.create_model(name).double().train()
+    units = len(computed.layer_gates)
+    row = torch.tensor([[unit % 3 != 1 for unit in range(units)]])
+    left_out = copy.deepcopy(computed)
+    surgery.set_policy(left_out, "".join(str(int(keep)) for keep in row[0]))
+    x, y = torch.randn(4, 3, 32, 32).double(), torch.arange(4)
+    ran: list[str] = []
+    for part, module in left_out.named_modules():
+        if part.endswith("conv2"):
+            module.register_forward_hook(lambda *_, part=part: ran.append(part))
+    losses = [BaseTask(left_out)(x, y)["loss"]]
+    with td.force(computed, layer_keep=row):
+        losses.append(BaseTask(computed)(x, y)["loss"])
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    assert len(ran) == 1 + int(row.sum())  # the first unit has no gate
+    for (part, one), other in zip(left_out.named_parameters(), computed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=part)
 
 
 def test_units_dropped_at_random_for_good() -> None:

@@ -14,7 +14,7 @@ from . import losses
 from .forward import Decisions, decide
 from .gates import sharpened
 from .surgery import set_execution, set_gating
-from .tasks import DynamicTask, mean_over_processes
+from .tasks import DynamicTask, mean_over_processes, zero_of_all
 
 TEMPERATURES = (1e-3, 1.0)  # of sampled decisions
 
@@ -119,7 +119,7 @@ class ReinforceTask(DynamicTask):
             loss = loss - self.information * losses.unit_information(decisions.layer_prob)
         if self.supervised:
             loss = loss + self._classify(decisions, x, y)
-        loss = loss + self._all_parameters()
+        loss = loss + zero_of_all(self.model)
         return {"loss": loss, "paid": paid.mean(), **self._metrics(decisions, y, share, weight)}
 
     def _paid(self, decisions: Decisions, y: Tensor, weight: Tensor) -> Tensor:
@@ -186,8 +186,3 @@ class ReinforceTask(DynamicTask):
         finally:
             set_execution(self.model, before)  # type: ignore[arg-type]
             self.train(training)
-
-    def _all_parameters(self) -> Tensor:
-        """Zero, with a gradient of zero for every parameter: the optimiser, and other processes,
-        meet all of them, those that took no part too."""
-        return 0 * torch.stack([p.sum().float() for p in self.model.parameters() if p.requires_grad]).sum()

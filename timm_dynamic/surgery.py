@@ -168,6 +168,8 @@ def force_always(model: Any, layer_keep: float) -> Any:
 def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
     """Give all images one policy: forced in training, and by the gates' thresholds, which are saved, in eval.
 
+    Units that it shuts are not computed in training either; their parameters get no gradient.
+
     Args:
         model: a dynamic model.
         layers: 1 (run) or 0 for each gated unit; empty if the model has no layer gates.
@@ -187,7 +189,8 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
         keeps[part] = torch.tensor([[digit == "1" for digit in text]])
     layer_keep = keeps["layer_gates"] if layers else None
     channel_keep = list(keeps["channel_gates"].split(_group_counts(model), dim=1)) if channels else []
-    dynamic.forced = Forced(layer_keep=layer_keep, channel_keep=channel_keep or None)
+    idle = frozenset(unit for unit, digit in enumerate(layers) if digit == "0")
+    dynamic.forced = Forced(layer_keep=layer_keep, channel_keep=channel_keep or None, idle=idle)
     with torch.no_grad():
         if layer_keep is not None:
             model.layer_gates.threshold.copy_(torch.where(layer_keep[0], 0.0, 2.0))  # probabilities are in 0..1

@@ -33,6 +33,14 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def zero_of_all(model: nn.Module) -> Tensor:
+    """Zero, with a gradient of zero for every trained parameter.
+
+    The optimiser, and other processes, meet all of them, those that took no part too.
+    """
+    return 0 * torch.stack([p.sum().float() for p in model.parameters() if p.requires_grad]).sum()
+
+
 def _keep_ratio(decisions: Decisions) -> Tensor:
     keep = decisions.layer_keep.detach().float()
     return keep.mean() if keep.numel() else torch.ones((), device=keep.device)
@@ -81,6 +89,8 @@ class BaseTask(nn.Module):
         logits = self.model(x).float()
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         loss = loss + _distance(self.teacher, logits, x, self.distill)
+        if hasattr(self.model, "dynamic"):  # under a fixed policy some units take no part
+            loss = loss + zero_of_all(self.model)
         return {"loss": loss, "accuracy": _accuracy(logits, y)}
 
 

@@ -17,11 +17,12 @@ from .gates import Memory, sharpened, straight_through, widen
 
 @dataclass(frozen=True)
 class Forced:
-    """What `force` puts in the place of decisions; see there."""
+    """What `force` puts in the place of decisions; see there. `idle`: gated units that no image will ever run."""
 
     layer_keep: float | Tensor | None = None
     channel_keep: float | Sequence[Tensor] | None = None
     exit: int | Tensor | None = None
+    idle: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -293,7 +294,9 @@ class Walk:
             for k in channels:
                 shown = k if keep is None else (k & keep[:, None] if k.dtype == torch.bool else k * keep[:, None])
                 self.log.channel_keep.append(self._living(shown))
-        if self.model.training and getattr(self.model, "grad_checkpointing", False):
+        if self.model.training and self.forced is not None and i - 1 in self.forced.idle:
+            y = units.rest(unit, units.shortcut(unit, self.x))  # known beforehand: no value has to be read
+        elif self.model.training and getattr(self.model, "grad_checkpointing", False):
             y = checkpoint(units.run_masked, unit, self.x, keep, wide, use_reentrant=False)
         else:
             y = units.run_masked(unit, self.x, keep, wide)
@@ -349,6 +352,7 @@ class _Resolved:
     channel_keep: list[Tensor] | None  # bool [B, groups] for each gated hidden width
     exit: Tensor | None  # [B]
     starts: list[int]  # for each unit, how many gated hidden widths come before it
+    idle: frozenset[int]  # gated units that no image will ever run
 
 
 def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
@@ -372,7 +376,7 @@ def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
             raise ValueError(f"force(exit=) needs one value or one for each of {batch} images; found {len(leave)}")
         leave = leave.expand(batch)
     sizes = walk.channel_gates.sizes if walk.channel_gates is not None else ()
-    return _Resolved(layer, channel, leave, [0, *itertools.accumulate(map(len, sizes))])
+    return _Resolved(layer, channel, leave, [0, *itertools.accumulate(map(len, sizes))], forced.idle)
 
 
 def _keeps(what: str, given: float | Tensor, batch: int, columns: int, device: torch.device) -> Tensor:
