@@ -168,7 +168,7 @@ def force_always(model: Any, layer_keep: float) -> Any:
 def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
     """Give all images one policy: forced in training, and by the gates' thresholds, which are saved, in eval.
 
-    Units that it shuts are not computed in training either; their parameters get no gradient.
+    Units that it shuts are not computed in training either; a loss on the output gives their parameters no gradient.
 
     Args:
         model: a dynamic model.
