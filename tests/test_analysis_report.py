@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import timm_dynamic as td
 from timm_dynamic.analysis_report import Images, Subject, Work, analyse
 from timm_dynamic.cli import app
+from timm_dynamic.cli.analyses import _known_held_out
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.paper_claims import PAPER_CLAIMS
 from timm_dynamic.sections_images import tiles
@@ -186,7 +187,7 @@ def test_numbers_agree_with_each_other(made: tuple[str, dict[str, Any]]) -> None
     assert [one["name"] for one in numbers["time"]][:2] == ["dense", "sp-run"]
     assert f"{100 * own['accuracy']:.2f} %" in made[0]
     assert "Calibrated on 50 images of" in made[0]
-    assert "do not say" not in made[0]  # the run held out as many
+    assert "is known to have held out" not in made[0]  # the run held out as many
 
 
 def test_claims_are_judged_from_what_was_given(made: tuple[str, dict[str, Any]]) -> None:
@@ -216,6 +217,19 @@ def test_some_images_of_a_plain_network(data: Path, tmp_path: Path) -> None:
     assert "10 images of" in text
     assert "drawn at random" in text
     assert "the network has no gates" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "summary", "known"),
+    [
+        ({"holdout": 50}, {}, 50),
+        ({}, {"calibrated": {"images": 40, "held_out": True}}, 40),  # as weights are shipped
+        ({}, {"calibrated": {"images": 40, "held_out": False}}, 0),
+        ({"holdout": None}, {}, 0),
+    ],
+)
+def test_what_a_network_never_saw(settings: dict[str, Any], summary: dict[str, Any], known: int) -> None:
+    assert _known_held_out(Subject("net", network("layer"), settings, summary)) == known
 
 
 def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:

@@ -140,10 +140,20 @@ def _held_out(
         raise BadInput(f"no folder {root}: --held-out takes images of DATA/train")
     folder = open_folder(root, subject.model, prepare)
     about = f"{count:,} images of {root}"
-    said = subject.settings.get("holdout")
-    if said != count:
-        about += f" (the run's settings do not say that it held them out: holdout is {said or 'not given'})"
+    known = _known_held_out(subject)
+    if known < count:
+        about += f" (its run is known to have held out {known or 'none'} of them)"
     return request.batches(folder, held_out_places(len(folder), count)), about
+
+
+def _known_held_out(subject: Subject) -> int:
+    """How many training images a network never saw: what its run's settings say, or else what it was shipped with.
+
+    Fewer are the first ones of more: see `held_out_places`.
+    """
+    calibrated = subject.summary.get("calibrated") or {}
+    shipped = calibrated.get("images", 0) if calibrated.get("held_out") else 0
+    return max(subject.settings.get("holdout") or 0, shipped)
 
 
 def run_folder(name: str) -> Path | None:
