@@ -134,13 +134,17 @@ def test_every_variant_runs(method: str, tmp_path: Path) -> None:
 
 def test_the_gain_over_the_best_static_policy(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    few: list[object] = ["--image-size", 16, "--batch-size", 16, "--max-steps", 3, "--evaluations", 1, "--threads", 1]
+    few: list[object] = ["--image-size", 16, "--batch-size", 16, "--evaluations", 1, "--threads", 1]
+    changes = ("base.iterations=1", "sp.iterations=4", "sp.schedule=multistep", "sp.milestones=0.6", "hrl.iterations=2")
+    few += [part for change in changes for part in ("--stage", change)]
     assert call(skipnet, "--gain", "--distill", 1.0, "--output", output, *few) == 0
     summary = yaml.safe_load((output / "summary.json").read_text())
     static = yaml.safe_load((output / "static" / "summary.json").read_text())
     assert summary["adaptive_gain"] == summary["dynamic"]["accuracy"] - static["dynamic"]["accuracy"]
     kept = yaml.safe_load((output / "static" / "settings.json").read_text())
-    assert kept["stages"][0]["iterations"] == 6, "as long as the two stages that it is compared with"
+    alone = kept["stages"][0]
+    assert alone["iterations"] == 6, "as long as the two stages that it is compared with"
+    assert (alone["schedule"], alone["milestones"]) == ("multistep", [0.6]), "that of the longer of the two"
     assert kept["policy"] == summary["static"]["policy"]
     assert kept["distill"] == 1.0
     page = write_report(output).read_text()

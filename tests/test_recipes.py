@@ -32,8 +32,9 @@ import options  # noqa: E402
 import results  # noqa: E402
 import skipnet  # noqa: E402
 import timm_dynamic as td  # noqa: E402
+from planning import planned  # noqa: E402
 from run_folder import RunError, RunFolder  # noqa: E402
-from stages import Stage, base_task, planned  # noqa: E402
+from stages import Stage, base_task  # noqa: E402
 
 TINY: dict[str, Any] = {
     "image_size": 16,
@@ -375,8 +376,11 @@ def test_a_model_that_cannot_be_trained(tmp_path: Path, model: str) -> None:
     assert not (tmp_path / "run").exists()
 
 
+WRONG = ("iadi.epoch=3", "nope.epochs=3", "iadi.lr=fast", "iadi.schedule=linear", "iadi.clip=-1", "iadi")
+
+
 @pytest.mark.parametrize(
-    "change", ["iadi.epoch=3", "nope.epochs=3", "iadi.lr=fast", "iadi.schedule=linear", "iadi.clip=-1", "iadi"]
+    "change", [*WRONG, "iadi.until=0.1", "iadi.epochs=-1", "warmup.epochs=0", "iadi.iterations=-5"]
 )
 def test_a_stage_change_that_makes_no_sense(tmp_path: Path, change: str) -> None:
     with pytest.raises(RunError):
@@ -444,6 +448,12 @@ def test_stage_changes(tmp_path: Path) -> None:
     assert base.steps(10, settings(tmp_path, max_steps=None)) == 20
     assert iadi.steps(10, settings(tmp_path, max_steps=None, epochs_scale=0.5)) == 25
     assert [stage.name for stage in planned(ddi.STAGES, settings(tmp_path, base="x"))] == ["warmup", "iadi", "ddi"]
+
+
+def test_a_stage_of_no_length_is_left_out(tmp_path: Path) -> None:
+    for change in ("iadi.epochs=0", "iadi.iterations=0"):
+        found = planned(ddi.STAGES, settings(tmp_path, stage=[change]))
+        assert [stage.name for stage in found] == ["base", "warmup", "ddi"]
 
 
 def test_learning_rates_of_a_stage() -> None:

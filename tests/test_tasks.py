@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import timm_dynamic as td
-from timm_dynamic.tasks import BaseTask, DynamicTask, WarmupTask
+from timm_dynamic import losses
+from timm_dynamic.gates import OPEN_PROB
+from timm_dynamic.surgery import group_counts
+from timm_dynamic.tasks import BaseTask, DynamicTask, FollowTask, WarmupTask
 
 SIZE = (3, 32, 32)
 
@@ -81,6 +84,58 @@ def test_warmup_keeps_its_modes_however_often_train_is_called() -> None:
 def test_warmup_needs_gates() -> None:
     with pytest.raises(ValueError, match="the model has none"):
         WarmupTask(timm.create_model("resnet20_cifar"))
+
+
+@pytest.mark.parametrize("parts", ["layers", "channels", "both"])
+def test_gates_learn_to_follow_a_policy(parts: str) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    channels = sum(group_counts(model))
+    layers = "01101001" if parts != "channels" else ""
+    groups = ("011" * channels)[:channels] if parts != "layers" else ""
+    task = FollowTask(model, layers, groups).train()
+    optimizer = torch.optim.Adam([*model.layer_gates.parameters(), *model.channel_gates.parameters()], lr=0.03)
+    x, y = batch()
+    for _ in range(150):
+        found = task(x, y)
+        found["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert found["skip_ratio"] == 0
+    entropy = losses.gate_entropy(torch.tensor(OPEN_PROB)).item()  # the least that the loss can be
+    assert entropy <= found["loss"].item() < entropy + 0.05
+    with torch.no_grad():
+        decisions = td.decide(model.eval(), x)
+    if layers:
+        assert ["".join("01"[int(keep)] for keep in row) for row in decisions.layer_keep] == [layers] * len(x)
+    for name, value in model.state_dict().items():
+        learns = name.split(".")[0] in ("layer_gates", "channel_gates") and not name.endswith("threshold")
+        assert learns or torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("layers", "channels"), [("", ""), ("0110", ""), ("", "01"), ("01101001", "0")])
+def test_a_policy_to_follow_has_to_fit(layers: str, channels: str) -> None:
+    with pytest.raises(ValueError, match=r"8 layer gates and of .* channel groups; found"):
+        FollowTask(network(), layers, channels)
+
+
+def test_cross_entropies_of_decisions_are_taken_outside_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch refuses them inside."""
+    plain, inside = F.binary_cross_entropy, []
+
+    def watched(*args: torch.Tensor, **options: str) -> torch.Tensor:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return plain(*args, **options)
+
+    monkeypatch.setattr(F, "binary_cross_entropy", watched)
+    prob, keep = torch.tensor([[0.25, 0.5]]), torch.tensor([[1.0, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
+        likely = losses.log_likelihood(keep, prob.bfloat16())
+        losses.gate_entropy(prob)
+    assert inside == [False, False]
+    assert likely.dtype == torch.float32
+    assert torch.allclose(likely, torch.tensor([[0.25, 0.5]]).log())
 
 
 @pytest.mark.parametrize("exits", [False, True])

@@ -106,9 +106,20 @@ def skip_returns(task_loss: Tensor, keep: Tensor, unit_costs: Tensor, alpha: Ten
     return alpha / keep.shape[1] * to_come - beta * task_loss.detach().float()[:, None]
 
 
+def decision_cross_entropy(prob: Tensor, wanted: Tensor) -> Tensor:
+    """Cross entropy of each decision in nats, in float32 under autocast too: on a GPU it is refused there.
+
+    Args:
+        prob: probabilities of keeping.
+        wanted: of the same shape, 0 to 1.
+    """
+    with torch.autocast(prob.device.type, enabled=False):
+        return F.binary_cross_entropy(prob.float(), wanted.float(), reduction="none")
+
+
 def log_likelihood(keep: Tensor, prob: Tensor) -> Tensor:
     """log p(g) of every decision. keep: [B, N] of 0 and 1, prob: [B, N] that it is 1 -> [B, N]."""
-    return -F.binary_cross_entropy(prob.float(), keep.detach().float(), reduction="none")
+    return -decision_cross_entropy(prob, keep.detach())
 
 
 def policy_gradient(keep: Tensor, prob: Tensor, advantage: Tensor) -> Tensor:
@@ -125,7 +136,7 @@ def policy_gradient(keep: Tensor, prob: Tensor, advantage: Tensor) -> Tensor:
 def gate_entropy(prob: Tensor) -> Tensor:
     """Entropy of a gate's decision in nats, mean over images and gates. prob: [B, N]."""
     inside = prob.float().clamp(1e-6, 1 - 1e-6)  # where a gate is certain the slope is infinite
-    return F.binary_cross_entropy(inside, inside, reduction="none").mean()
+    return decision_cross_entropy(inside, inside).mean()
 
 
 def unit_information(prob: Tensor) -> Tensor:

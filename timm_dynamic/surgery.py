@@ -182,13 +182,13 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
     keeps: dict[str, Any] = {}
     for part, text, wanted in (
         ("layer_gates", layers, len(getattr(model, "layer_gates", ()))),
-        ("channel_gates", channels, sum(_group_counts(model))),
+        ("channel_gates", channels, sum(group_counts(model))),
     ):
         if len(text) != wanted or set(text) - {"0", "1"}:
             raise ValueError(f"{part} need {wanted} zeros and ones; found {text!r}")
         keeps[part] = torch.tensor([[digit == "1" for digit in text]])
     layer_keep = keeps["layer_gates"] if layers else None
-    channel_keep = list(keeps["channel_gates"].split(_group_counts(model), dim=1)) if channels else []
+    channel_keep = list(keeps["channel_gates"].split(group_counts(model), dim=1)) if channels else []
     idle = frozenset(unit for unit, digit in enumerate(layers) if digit == "0")
     dynamic.forced = Forced(layer_keep=layer_keep, channel_keep=channel_keep or None, idle=idle)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
     return model
 
 
-def _group_counts(model: Any) -> list[int]:
+def group_counts(model: Any) -> list[int]:
     """Channel groups of each gated hidden width."""
     return [len(sizes) for unit in getattr(getattr(model, "channel_gates", None), "sizes", ()) for sizes in unit]
 
@@ -263,7 +263,7 @@ def _check_keep(what: str, keep: Any, columns: int) -> None:
 
 
 def _check_channel_keep(model: Any, keep: Any) -> None:
-    counts = _group_counts(model)
+    counts = group_counts(model)
     if isinstance(keep, (int, float)):
         ratio("channel_keep", keep)
         return

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
-from .gates import lower_logits
+from .gates import OPEN_PROB, lower_logits
+from .surgery import force, group_counts
 from .walk import table_for
 
 GATES = ("layer_gates", "channel_gates")
+TINY = 1e-6
 
 
 def _accuracy(logits: Tensor, target: Tensor) -> Tensor:
@@ -124,6 +126,66 @@ class WarmupTask(nn.Module):
             "keep_ratio": _keep_ratio(decisions),
             "skip_ratio": 1 - torch.cat([keep.detach().float() for keep in keeps], dim=1).mean(),
         }
+
+
+class FollowTask(WarmupTask):
+    """Gates learn to say what one policy says, while the network that was trained under it stands still.
+
+    A network that runs the same units for every image is trained in the best of conditions. One that starts from it,
+    and whose gates leave its policy only where that pays, need not be worse than it.
+
+    Args:
+        model: a dynamic network whose trunk was trained under the policy.
+        layers: 1 (run) or 0 for each layer gate; empty: layer gates have no goal of their own.
+        channels: 1 or 0 for each channel group of each gated hidden width; empty: channel gates have no goal.
+
+    Raises:
+        ValueError: if the model has no gates, or the policy does not fit them.
+    """
+
+    keep: Tensor
+
+    def __init__(self, model: nn.Module, layers: str = "", channels: str = ""):
+        super().__init__(model)
+        self.channels = bool(channels)
+        self.register_buffer("keep", torch.tensor([[digit == "1" for digit in layers + channels]]), persistent=False)
+        self.parts = [len(layers), *(group_counts(model) if channels else ())]
+        if not self.keep.numel() or sum(self.parts) != self.keep.numel() or len(layers) not in (0, _units(model)):
+            raise ValueError(
+                f"a policy has a digit for each of {_units(model)} layer gates and of {sum(group_counts(model))} "
+                f"channel groups; found {layers!r} and {channels!r}"
+            )
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Cross entropy of the gates' probabilities and the policy, for images ``x`` [B, C, H, W], as the loss.
+
+        Both kinds of decisions aim at the probability that open gates start with, so that they can still change.
+        ``skip_ratio`` is the share of decisions that differ from the policy.
+        """
+        layer_keep, *channel_keep = self.keep.split(self.parts, dim=1)
+        forced: dict[str, Any] = {"layer_keep": layer_keep} if layer_keep.numel() else {}
+        forced |= {"channel_keep": channel_keep} if channel_keep else {}
+        said: list[Tensor] = []
+        gates: Any = self.model.channel_gates if channel_keep else None
+        hook = gates.register_forward_hook(lambda _, __, probs: said.extend(probs)) if gates is not None else None
+        try:
+            with force(self.model, **forced):
+                decisions = decide(self.model, x)
+        finally:
+            if hook is not None:
+                hook.remove()
+        prob = torch.cat([*([decisions.layer_prob] if layer_keep.numel() else ()), *said], dim=1)
+        wanted = torch.where(self.keep, OPEN_PROB, 1 - OPEN_PROB).expand_as(prob)
+        return {
+            "loss": losses.decision_cross_entropy(prob.clamp(TINY, 1 - TINY), wanted).mean(),
+            "accuracy": _accuracy(decisions.logits, y),
+            "keep_ratio": _keep_ratio(decisions),
+            "skip_ratio": ((prob >= 0.5) != self.keep).float().mean(),
+        }
+
+
+def _units(model: nn.Module) -> int:
+    return len(getattr(model, "layer_gates", ()))
 
 
 class ExitsTask(nn.Module):

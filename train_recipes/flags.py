@@ -35,6 +35,10 @@ FLAGS = {
     ),
     "seed": _flag(int, "Of everything random."),
     "base": _flag(str | None, "Trained base: a saved folder, a .safetensors file, or a pretrained timm name."),
+    "start": _flag(
+        Path | None,
+        "Folder of a finished run of --method static: training starts from its network, and gates from its policy.",
+    ),
     # Training
     "batch_size": _flag(int, "Images of one optimiser step, over all processes."),
     "accumulate": _flag(int, "Parts that a batch is computed in."),
@@ -104,7 +108,10 @@ TRAINING = (
     *("batch_size", "accumulate", "precision", "clip_grad", "ema", "compile", "grad_checkpointing", "epochs_scale"),
     *("max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
 )
-GATES = ("base", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information", "gain")
+GATES = (
+    *("base", "start", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information"),
+    "gain",
+)
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exit_weighting", "distill_exits")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")

@@ -22,9 +22,10 @@ from tqdm import tqdm
 import data as datasets
 import results
 from options import Settings
+from planning import planned
 from processes import Sums, make_accelerator, peak_memory, seed_everything, start_trackers, track
 from run_folder import BASE, SUMMARY, Progress, RunError, RunFolder, load_weights, read_progress, read_training
-from stages import LEARNING, STATIC, Outlook, Stage, planned
+from stages import LEARNING, STATIC, Outlook, Stage
 from timm_dynamic import set_execution
 from timm_dynamic.evaluation import static_policy
 from timm_dynamic.spreading import spread_gates
@@ -94,7 +95,8 @@ def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], se
     )
     changes: dict[str, Any] = {"method": "static", "policy": str(policy), "base": str(root / BASE), "stage": ()}
     changes |= {"output": root / "static", "resume": True, "gain": False, "epochs_scale": 1.0, "max_steps": None}
-    _train(accelerator, (stage,), replace(settings, **changes))
+    static = replace(settings, **changes)
+    _train(accelerator, planned((stage,), static), static)  # from where this run started
     if accelerator.is_main_process:
         results.add_gain(root, policy)
     accelerator.wait_for_everyone()

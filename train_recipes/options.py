@@ -37,6 +37,7 @@ class Settings:
     resume: bool = False
     seed: int = 0
     base: str | None = None
+    start: Path | None = None
     batch_size: int = 32
     accumulate: int = 1
     precision: str = "auto"
@@ -111,6 +112,10 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     found = Settings(recipe=recipe, **values)
     if found.alpha is None and found.target is None:
         found = dataclasses.replace(found, target=target)
+    if found.start is not None:
+        if found.base is not None:
+            raise RunError(f"--start brings its own base: give one of the two; found --base {found.base}")
+        found = dataclasses.replace(found, base=str(found.start / "base"))
     if found.precision == "auto":
         found = dataclasses.replace(found, precision="bf16" if fast_bf16() else "fp32")
     _check(found, prefix)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -147,10 +146,12 @@ class Stage:
             parsed: Any = value if key == "schedule" else _numbers(key, value)
         except ValueError as error:
             raise RunError(f"{self.name}.{key} needs a number; found {value!r}") from error
-        if key == "clip" and parsed < 0:
-            raise RunError(f"{self.name}.clip must be 0 or above; found {value}")
+        if key == "until" and self.until is None:
+            raise RunError(f"stage {self.name} has nothing to reach; found {self.name}.until={value}")
+        if key in ("clip", "epochs", "iterations") and parsed < 0:
+            raise RunError(f"{self.name}.{key} must be 0 or above; found {value}")
         fresh: dict[str, Any] = {"iterations": None} if key == "epochs" else {}
-        return dataclasses.replace(self, **fresh, **{key: parsed})
+        return replace(self, **fresh, **{key: parsed})
 
     def described(self) -> dict[str, Any]:
         """What the stage is, as JSON values."""
@@ -161,20 +162,6 @@ def _numbers(key: str, value: str) -> int | float | tuple[float, ...]:
     if key == "milestones":
         return tuple(float(part) for part in value.strip("[]()").split(",") if part.strip())
     return int(value) if key == "iterations" else float(value)
-
-
-def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
-    """The stages with the changes that were asked for; without the base stage where a trained base is given."""
-    found = {stage.name: stage for stage in stages}
-    for change in settings.stage:
-        where, _, value = change.partition("=")
-        name, _, key = where.partition(".")
-        if name not in found or not key or not value:
-            raise RunError(f"--stage needs STAGE.FIELD=VALUE with a stage of {', '.join(found)}; found {change!r}")
-        found[name] = found[name].changed(key, value)
-    if settings.base:
-        found.pop("base", None)
-    return tuple(found.values())
 
 
 # What happens to the model before a stage ----------------------------------------------------------------------------
@@ -244,12 +231,12 @@ def warmup_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 
 
 def _steering(outlook: Outlook) -> dict[str, Any]:
-    """What a task with a cost term is told; after another of its kind it is at the target already."""
+    """What a task with a cost term is told; after another of its kind, or a policy, it is at the target already."""
     settings = outlook.settings
     return {
         "alpha": settings.alpha if outlook.alpha is None else outlook.alpha,
         "target": settings.target if outlook.alpha is None else None,
-        "anneal": 0.0 if "alpha" in outlook.previous else 0.5,
+        "anneal": 0.0 if "alpha" in outlook.previous or settings.start else 0.5,
         "exit_weighting": settings.exit_weighting,
         "distill_exits": settings.distill_exits,
         "teacher": outlook.teacher(),

@@ -1,0 +1,91 @@
+"""Training that starts from a network of one policy: `--start`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_recipes import RunError, Stage, call, ddi, iadi, planned, settings, skipnet
+
+import timm_dynamic as td
+
+POLICY = "01011010"
+FEW = ["--image-size", 16, "--batch-size", 16, "--max-steps", 2, "--evaluations", 1, "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one policy."""
+    folder = tmp_path_factory.mktemp("runs") / "static"
+    assert call(skipnet, "--method", "static", "--policy", POLICY, "--output", folder, *FEW) == 0
+    return folder
+
+
+def names(stages: tuple[Stage, ...]) -> list[str]:
+    return [stage.name for stage in stages]
+
+
+def test_following_takes_the_place_of_base_and_warmup(start: Path, tmp_path: Path) -> None:
+    skip = settings(tmp_path, "skipnet", start=start)
+    assert names(planned(skipnet.METHODS["sp+hrl"], skip)) == ["follow", "sp", "hrl"]
+    assert names(planned(skipnet.METHODS["hrl"], skip)) == ["follow", "hrl"]
+    assert names(planned(skipnet.METHODS["static"], skip)) == ["static"]
+    assert names(planned(iadi.STAGES, settings(tmp_path, "iadi", start=start))) == ["follow", "iadi"]
+    assert names(planned(ddi.STAGES, settings(tmp_path, start=start))) == ["follow", "iadi", "ddi"]
+    short = settings(tmp_path, start=start, stage=["iadi.epochs=0", "follow.epochs=1"])
+    follow, last = planned(ddi.STAGES, short)
+    assert (follow.epochs, follow.trains, last.name) == (1, "gates", "ddi")
+    assert skip.base == str(start / "base")
+    with pytest.raises(RunError, match="--start is for recipes that train gates"):
+        planned(skipnet.METHODS["sdv"], skip)
+
+
+@pytest.mark.parametrize("recipe", ["skipnet", "ddi"])
+def test_training_goes_on_from_the_network_of_the_policy(recipe: str, start: Path, tmp_path: Path) -> None:
+    stages = planned({"skipnet": skipnet.METHODS["sp"], "ddi": ddi.STAGES}[recipe], settings(tmp_path, start=start))
+    model, stock = (timm.create_model("resnet20_cifar", num_classes=10) for _ in range(2))
+    torch.manual_seed(1)
+    assert stages[0].surgery is not None
+    stages[0].surgery(model, settings(tmp_path, recipe, start=start))
+    wanted = timm.create_model(f"local-dir:{start}", pretrained=True).state_dict()
+    own = model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in wanted.items() if "layer_gates" not in name)
+    assert torch.equal(own["layer_gates.threshold"], torch.full((len(POLICY),), 0.5))
+    torch.manual_seed(1)
+    drawn = td.add_layer_gates(stock, td.LayerGateConfig(kind="rnn", init="random")).layer_gates.fc.weight
+    assert torch.equal(own["layer_gates.fc.weight"], drawn), "what is drawn does not depend on what is loaded"
+    assert hasattr(model, "channel_gates") == (recipe == "ddi")
+    if recipe == "ddi":
+        found = td.decide(model.eval(), torch.randn(4, 3, 16, 16))
+        assert all(bool(row.all()) for keep in found.channel_keep for row in keep if row.any())
+
+
+def test_a_whole_run_and_its_gain(start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--method", "sp", "--start", start, "--gain", "--output", run, *FEW)
+    assert call(skipnet, *options) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["follow", "sp"]
+    base, first = (timm.create_model(f"local-dir:{at}/base", pretrained=True).state_dict() for at in (run, start))
+    assert all(torch.equal(base[name], value) for name, value in first.items())
+    control = json.loads((run / "static" / "settings.json").read_text())
+    assert control["start"] == str(start), "the static policy goes on from where this run started"
+    assert control["stages"][0]["iterations"] == 2, "for as many steps; following is none of the network's"
+    assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+
+
+def test_wrong_starts_are_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--output", tmp_path / "run", *FEW)
+    cut = shutil.copytree(start, tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    for options, message in (
+        (("--start", tmp_path), "needs the folder of a finished run of --method static; found"),
+        (("--start", start, "--base", "x"), "--start brings its own base"),
+        (("--start", start, "--model", "skipnet_resnet32_cifar"), "holds another model: no layer1.3.conv1.weight"),
+        (("--start", cut.parent), f"--start {cut.parent} does not fit --model skipnet_resnet20_cifar"),
+    ):
+        assert call(skipnet, *options, *few) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run" / "model.safetensors").exists()

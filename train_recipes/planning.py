@@ -1,0 +1,124 @@
+"""The stages of a run: a recipe's, with the changes asked for, and where a static policy is what it starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import timm_dynamic as td
+from options import Settings
+from run_folder import SETTINGS, RunError
+from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy
+from timm_dynamic.tasks import FollowTask
+
+
+def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
+    """The stages with the changes that were asked for; without the base stage where a trained base is given.
+
+    Stages of no epochs are left out. A start from a static policy takes the place of the base stage and of a warm-up.
+    """
+    found = {stage.name: stage for stage in (_from_policy(stages, settings) if settings.start else stages)}
+    for change in settings.stage:
+        where, _, value = change.partition("=")
+        name, _, key = where.partition(".")
+        if name not in found or not key or not value:
+            raise RunError(f"--stage needs STAGE.FIELD=VALUE with a stage of {', '.join(found)}; found {change!r}")
+        found[name] = found[name].changed(key, value)
+    if settings.base:
+        found.pop("base", None)
+    empty = [stage for stage in found.values() if not (stage.epochs if stage.iterations is None else stage.iterations)]
+    for stage in empty:
+        if stage.surgery is not None:
+            raise RunError(f"stage {stage.name} adds what the next ones train: it needs a length above 0")
+    return tuple(stage for stage in found.values() if stage not in empty)
+
+
+def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
+    """The stages of a run that starts from a network of one policy: its gates follow that before they leave it."""
+    start_policy(settings)  # fails where there is none
+    for place, stage in enumerate(stages):
+        if stage.surgery in STARTS:
+            follow = replace(FOLLOW, surgery=STARTS[stage.surgery])
+            trained = () if stage.trains == "gates" else (replace(stage, surgery=None),)  # a warm-up has no place
+            return (*stages[:place], follow, *trained, *stages[place + 1 :])
+        if stage.surgery is fix_policy:
+            return (*stages[:place], replace(stage, surgery=fix_policy_of_start), *stages[place + 1 :])
+    raise RunError("--start is for recipes that train gates, and for --method static")
+
+
+# Starting from a network of one policy ------------------------------------------------------------------------------
+
+
+def start_policy(settings: Settings) -> tuple[str, str]:
+    """The policy of the finished static run that --start names: digits for layers, digits for channel groups."""
+    file = Path(settings.start or "") / SETTINGS
+    try:
+        policy = json.loads(file.read_text())["policy"]
+    except (OSError, ValueError, KeyError, TypeError):
+        policy = None
+    if not isinstance(policy, str):
+        raise RunError(
+            f"--start needs the folder of a finished run of --method static; found {settings.start}, where "
+            f"{SETTINGS} tells of no policy"
+        )
+    layers, _, channels = policy.partition(":")
+    return layers, channels
+
+
+def take_trunk(model: nn.Module, settings: Settings) -> None:
+    """The weights of the network that --start names, without its gates."""
+    try:
+        with torch.random.fork_rng():  # what is drawn for it is overwritten
+            other = td.strip(timm.create_model(f"local-dir:{settings.start}", pretrained=True))
+        model.load_state_dict(other.state_dict())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(f"--start {settings.start} does not fit --model {settings.model}: {error}") from error
+
+
+def fix_policy_of_start(model: nn.Module, settings: Settings) -> None:
+    """One policy for all images, in a network that was trained under one."""
+    take_trunk(model, settings)
+    fix_policy(model, settings)
+
+
+def start_with_layer_gates(model: nn.Module, settings: Settings) -> None:
+    """Layer gates for a network that was trained under one policy."""
+    take_trunk(model, settings)
+    add_layer_gates(model, settings)
+
+
+def start_with_soft_gates(model: nn.Module, settings: Settings) -> None:
+    """The same, which keep in part while training."""
+    take_trunk(model, settings)
+    add_soft_gates(model, settings)
+
+
+def start_with_all_gates(model: nn.Module, settings: Settings) -> None:
+    """Layer gates that learn the policy, and channel gates, which keep everything unless it says otherwise."""
+    take_trunk(model, settings)
+    add_layer_gates(model, settings)
+    config = {"group_size": settings.group_size, "mode": settings.channel_mode, "init": "open"}
+    td.add_channel_gates(model, config)
+
+
+STARTS: dict[Any, Callable[[nn.Module, Settings], Any]] = {
+    add_layer_gates: start_with_layer_gates,
+    add_soft_gates: start_with_soft_gates,
+    add_all_gates: start_with_all_gates,
+}
+
+
+def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Gates learn to say what the policy says that training starts from."""
+    layers, channels = start_policy(outlook.settings)
+    return FollowTask(model, layers, channels)
+
+
+FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0)
