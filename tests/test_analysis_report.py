@@ -184,6 +184,8 @@ def test_numbers_agree_with_each_other(made: tuple[str, dict[str, Any]]) -> None
     assert [row["exit"] for row in numbers["confidence"]] == ["exit 0", "exit 1", "head", "dense base, head"]
     assert numbers["confidence"][2]["accuracy"] == pytest.approx(own["accuracy"])
     assert numbers["training"] == ROWS
+    assert numbers["decisions"]["exchange"]["own"] == pytest.approx(own["accuracy"])
+    assert "accuracy when images exchange their decisions" in made[0]
     assert [one["name"] for one in numbers["time"]][:2] == ["dense", "sp-run"]
     assert f"{100 * own['accuracy']:.2f} %" in made[0]
     assert "Calibrated on 50 images of" in made[0]

@@ -19,6 +19,7 @@ from .analyses import Loader, Watch, by_class, observe, rank_correlation, reliab
 from .budgets import set_budget
 from .claims import NOT_RUN, Evidence, Judged, Study, dataset_of, judge_all
 from .evaluation import costs_of
+from .exchange import exchange
 from .feature_change import MAP_IMAGES, maps, own_changes, random_changes
 from .forward import decide
 from .inference import optimize_for_inference
@@ -165,7 +166,7 @@ def analyse(
         ImportError: if matplotlib or scipy is missing.
     """
     work = Work(subject, beside, images, targets, watch)
-    sections = [*work.cost(), work.units(), decisions_section(work.network, subject.summary), work.looks()]
+    sections = [*work.cost(), work.units(), work.decisions(), work.looks()]
     sections += [work.scales(), work.classes(), work.features(), training(subject.metrics, work.dense_macs)]
     sections += [work.confidence(), work.time(rounds)]
     sections.append(_claims_section(judge_all(work.evidence(studies), PAPER_CLAIMS), studies))
@@ -254,6 +255,13 @@ class Work:
     def units(self) -> Section:
         """Skip ratio of every unit."""
         return units_section(self.network, self.beside)
+
+    def decisions(self) -> Section:
+        """How much depends on the image."""
+        self.watch("decisions exchanged between images")
+        network = self.network
+        exchanged = exchange(network.model, self.subject.loader or self.images.loader, network.observed)
+        return decisions_section(network, self.subject.summary, exchanged)
 
     def looks(self) -> Section:
         """Easy and hard images."""

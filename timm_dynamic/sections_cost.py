@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import chain, cycle
 from typing import Any
 
+from .analyses import shown_p
 from .claim_numbers import channel_skips, layer_skips
+from .exchange import Exchange
 from .report import BLUE, GREEN, GREY, INK, ORANGE, figure_and_axes, millions, percent, svg, table, training_section
 from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
 
@@ -203,7 +205,7 @@ def _skip_cell(value: float | None) -> str:
     return "the unit never runs" if math.isnan(value) else percent(value)
 
 
-def decisions_section(network: Network, summary: dict[str, Any]) -> Section:
+def decisions_section(network: Network, summary: dict[str, Any], exchanged: Exchange | None) -> Section:
     """How much depends on the image, and what that gains."""
     found = network.evaluation
     channels, static = found.channel_keep_ratio, summary.get("static")
@@ -223,7 +225,12 @@ def decisions_section(network: Network, summary: dict[str, Any]) -> Section:
     if static:
         shown = f"{percent(static['accuracy'], 2)} at {millions(static['macs'])}"
         body.append(("best static policy, trained for as long", shown))
+    if exchanged is not None:
+        worth = f"{percent(exchanged.others, 2)} ({100 * (exchanged.others - exchanged.own):+.2f} points"
+        worth += f", p = {shown_p(exchanged.p)}; mean of {exchanged.draws} draws)"
+        body.append(("accuracy when images exchange their decisions at random", worth))
     numbers = {**found.to_dict(), "adaptive_gain": summary.get("adaptive_gain")}
+    numbers["exchange"] = None if exchanged is None else dataclasses.asdict(exchanged)
     return Section("decisions", "How much depends on the image", [table(("measure", "value"), body)], numbers)
 
 
