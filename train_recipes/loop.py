@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data as datasets
 import results
 from options import Settings
-from planning import planned
+from planning import STARTS, planned
 from processes import Sums, make_accelerator, peak_memory, seed_everything, start_trackers, track
 from run_folder import BASE, SUMMARY, Progress, RunError, RunFolder, load_weights, read_progress, read_training
 from stages import LEARNING, STATIC, Outlook, Stage
@@ -152,7 +152,7 @@ class Trainer:
                 stage.surgery(self.model, self.settings)
                 self._placed(self.model)
                 set_execution(self.model, "masked")
-                if stage.surgery in LEARNING and (index > first or checkpoint is None):
+                if stage.surgery in (*LEARNING, *STARTS.values()) and (index > first or checkpoint is None):
                     self._spread_gates()
             if index < first:
                 continue
