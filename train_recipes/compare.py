@@ -38,6 +38,7 @@ LAYERS = (replace(_WARMUP, surgery=add_layer_gates), replace(_IADI, name="layers
 CHANNELS = (replace(_WARMUP, surgery=add_channel_gates), replace(_IADI, name="channels", clip=skipnet.SP.clip))
 CUT = (*IADI_STAGES, Stage("cut", exits_task, surgery=add_exits, trains="exits", epochs=_DDI.epochs, lr=_DDI.lr))
 OPEN = (replace(_IADI, name="open", surgery=add_all_gates),)
+STARTED = "sp+hrl from a policy"
 FRACTIONS = (0.3, 0.4, 0.5, 0.65)
 KEPT = ("keep_ratio", "policies", "policy_entropy", "macs_share_std", "target")
 PREFIX = {"base": "", "skipnet": "skipnet_", "iadi": "iadi_", "ddi": "ddi_"}
@@ -94,6 +95,9 @@ def skipnet_study(bench: Bench, target: float) -> None:
     bench.measure("rl", "skipnet", skipnet.METHODS["rl"], method="rl", target=target)
     keep = round(both["dynamic"]["keep_ratio"], 3)
     bench.measure("sdv", "skipnet", skipnet.METHODS["sdv"], method="sdv", base=folder, keep=keep)
+    start = bench.root / f"seed{bench.seed}" / "sp+hrl" / "static"
+    again: dict[str, Any] = {"method": "sp+hrl", "start": start, "target": target, "gain": True}
+    bench.measure(STARTED, "skipnet", skipnet.METHODS["sp+hrl"], **again)
 
 
 def halves(bench: Bench) -> list[DataLoader[Any]]:
@@ -162,6 +166,7 @@ SKIPNET_CLAIMS = (
     Claim("HRL from scratch beats RL alone (fig. 10b)", "hrl", "rl"),
     Claim("learned skipping beats SDV at equal skip ratio (fig. 6)", "sp+hrl", "sdv"),
     Claim("adapting beats the best static policy (the adaptive gain)", "sp+hrl", "sp+hrl, static"),
+    Claim("adapting beats going on with the policy that both start from", STARTED, f"{STARTED}, static"),
 )
 MONOTONE = tuple(
     Claim(f"{more} is not worse than {less}, but for half a point", f"ddi, {more}", f"ddi, {less}", 0.005)
