@@ -21,7 +21,7 @@ ORDER = [
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),
     *("benchmark_train", "benchmark_budget"),
-    *("analyses", "feature_change", "trade_off", "claims", "claim_numbers", "paper_claims"),
+    *("analyses", "exchange", "feature_change", "trade_off", "claims", "claim_numbers", "paper_claims"),
     *("sections_cost", "sections_images", "analysis_report"),
     *("registry", "", "cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables"),
     *("demo_samples", "demo_compare", "demo_page", "demo"),
