@@ -184,8 +184,9 @@ def test_numbers_agree_with_each_other(made: tuple[str, dict[str, Any]]) -> None
     assert [row["exit"] for row in numbers["confidence"]] == ["exit 0", "exit 1", "head", "dense base, head"]
     assert numbers["confidence"][2]["accuracy"] == pytest.approx(own["accuracy"])
     assert numbers["training"] == ROWS
-    assert numbers["decisions"]["exchange"]["own"] == pytest.approx(own["accuracy"])
-    assert "accuracy when images exchange their decisions" in made[0]
+    assert set(numbers["decisions"]["exchange"]) == {"sp-run", "channels"}
+    assert numbers["decisions"]["exchange"]["sp-run"]["own"] == pytest.approx(own["accuracy"])
+    assert "What the decisions are worth to the images" in made[0]
     assert [one["name"] for one in numbers["time"]][:2] == ["dense", "sp-run"]
     assert f"{100 * own['accuracy']:.2f} %" in made[0]
     assert "Calibrated on 50 images of" in made[0]

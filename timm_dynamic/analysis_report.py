@@ -19,7 +19,7 @@ from .analyses import Loader, Watch, by_class, observe, rank_correlation, reliab
 from .budgets import set_budget
 from .claims import NOT_RUN, Evidence, Judged, Study, dataset_of, judge_all
 from .evaluation import costs_of
-from .exchange import exchange
+from .exchange import Exchange, exchange
 from .feature_change import MAP_IMAGES, maps, own_changes, random_changes
 from .forward import decide
 from .inference import optimize_for_inference
@@ -193,6 +193,7 @@ class Work:
         """Look at all images with each network; for the arguments see `analyse`."""
         self.subject, self.images, self.targets, self.watch = subject, images, targets, watch
         self.network = self._look(subject)
+        self.beside_subjects = beside
         self.beside = [self._look(one) for one in beside]
         self.dense_macs = float(self.network.evaluation.dense_macs)
         base = subject.base
@@ -258,10 +259,12 @@ class Work:
 
     def decisions(self) -> Section:
         """How much depends on the image."""
-        self.watch("decisions exchanged between images")
-        network = self.network
-        exchanged = exchange(network.model, self.subject.loader or self.images.loader, network.observed)
-        return decisions_section(network, self.subject.summary, exchanged)
+        exchanged: dict[str, Exchange] = {}
+        for subject, network in zip((self.subject, *self.beside_subjects), (self.network, *self.beside), strict=True):
+            self.watch(f"{network.name}: decisions exchanged between images")
+            found = exchange(network.model, subject.loader or self.images.loader, network.observed)
+            exchanged |= {network.name: found} if found is not None else {}
+        return decisions_section(self.network, self.subject.summary, exchanged)
 
     def looks(self) -> Section:
         """Easy and hard images."""

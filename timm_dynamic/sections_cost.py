@@ -20,6 +20,11 @@ PURPLE, BROWN = "#7a4fb0", "#8a6d3b"
 OTHERS = (GREEN, PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00")
 MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE)}
 UNITS = "Skip ratio of every unit"
+EXCHANGED = (
+    "What the decisions are worth to the images that they were made for: accuracy when every image follows those of "
+    "another one, drawn at random, at the same total cost (mean of the draws; p: Wilcoxon's signed-rank test over the "
+    "images). If that loses nothing, one could as well decide without looking."
+)
 WIDTH, HEIGHT = 5.2, 3.5  # inches: letters are then of a size that can be read on a phone
 
 
@@ -205,7 +210,7 @@ def _skip_cell(value: float | None) -> str:
     return "the unit never runs" if math.isnan(value) else percent(value)
 
 
-def decisions_section(network: Network, summary: dict[str, Any], exchanged: Exchange | None) -> Section:
+def decisions_section(network: Network, summary: dict[str, Any], exchanged: dict[str, Exchange]) -> Section:
     """How much depends on the image, and what that gains."""
     found = network.evaluation
     channels, static = found.channel_keep_ratio, summary.get("static")
@@ -225,13 +230,26 @@ def decisions_section(network: Network, summary: dict[str, Any], exchanged: Exch
     if static:
         shown = f"{percent(static['accuracy'], 2)} at {millions(static['macs'])}"
         body.append(("best static policy, trained for as long", shown))
-    if exchanged is not None:
-        worth = f"{percent(exchanged.others, 2)} ({100 * (exchanged.others - exchanged.own):+.2f} points"
-        worth += f", p = {shown_p(exchanged.p)}; mean of {exchanged.draws} draws)"
-        body.append(("accuracy when images exchange their decisions at random", worth))
     numbers = {**found.to_dict(), "adaptive_gain": summary.get("adaptive_gain")}
-    numbers["exchange"] = None if exchanged is None else dataclasses.asdict(exchanged)
-    return Section("decisions", "How much depends on the image", [table(("measure", "value"), body)], numbers)
+    numbers["exchange"] = {name: dataclasses.asdict(one) for name, one in exchanged.items()}
+    parts = [table(("measure", "value"), body)]
+    if exchanged:
+        parts += [paragraph(EXCHANGED), table(("network", "own", "exchanged", "difference", "p"), _worth(exchanged))]
+    return Section("decisions", "How much depends on the image", parts, numbers)
+
+
+def _worth(exchanged: dict[str, Exchange]) -> list[tuple[str, ...]]:
+    """What decisions are worth to the images that they were made for, a row for each network."""
+    return [
+        (
+            name,
+            percent(one.own, 2),
+            percent(one.others, 2),
+            f"{100 * (one.others - one.own):+.2f} points",
+            shown_p(one.p),
+        )
+        for name, one in exchanged.items()
+    ]
 
 
 # Time and training ---------------------------------------------------------------------------------------------------
