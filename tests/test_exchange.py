@@ -6,6 +6,7 @@ import nets
 import pytest
 import timm
 import torch
+from scipy import stats
 from torch import Tensor
 
 import timm_dynamic as td
@@ -99,5 +100,10 @@ def test_the_mean_over_draws_and_the_network_as_it_was() -> None:
     assert found.others == pytest.approx(sum(each) / 4)
     assert found.own == seen.rows["correct"].double().mean().item()
     assert 0 < found.p <= 1
+    own = seen.rows["correct"].double()
+    others = torch.stack([_correct(plain, batches(), seen, order).double() for order in orders]).mean(0)
+    gap = (own - others).numpy()
+    t = gap.mean() / (gap.std(ddof=1) / len(gap) ** 0.5)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(t), len(gap) - 1))
     again = observe(model, batches(), MEAN, STD)
     assert torch.equal(again.rows["exit"], seen.rows["exit"])

@@ -22,7 +22,7 @@ MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE
 UNITS = "Skip ratio of every unit"
 EXCHANGED = (
     "What the decisions are worth to the images that they were made for: accuracy when every image follows those of "
-    "another one, drawn at random, at the same total cost (mean of the draws; p: Wilcoxon's signed-rank test over the "
+    "another one, drawn at random, at the same total cost (mean of the draws; p: t-test over the "
     "images). If that loses nothing, one could as well decide without looking."
 )
 WIDTH, HEIGHT = 5.2, 3.5  # inches: letters are then of a size that can be read on a phone
