@@ -89,3 +89,12 @@ def test_wrong_starts_are_one_line(start: Path, tmp_path: Path, capsys: pytest.C
         assert call(skipnet, *options, *few) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_policy_that_does_not_fit_is_one_line(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = shutil.copytree(start, tmp_path / "odd") / "settings.json"
+    kept.write_text(kept.read_text().replace(POLICY, "011"))
+    assert call(skipnet, "--start", kept.parent, "--output", tmp_path / "run", *FEW) == 1
+    assert "8 layer gates and of 0 channel groups; found '011'" in capsys.readouterr().err

@@ -147,7 +147,6 @@ class FollowTask(WarmupTask):
 
     def __init__(self, model: nn.Module, layers: str = "", channels: str = ""):
         super().__init__(model)
-        self.channels = bool(channels)
         self.register_buffer("keep", torch.tensor([[digit == "1" for digit in layers + channels]]), persistent=False)
         self.parts = [len(layers), *(group_counts(model) if channels else ())]
         if not self.keep.numel() or sum(self.parts) != self.keep.numel() or len(layers) not in (0, _units(model)):

@@ -117,8 +117,10 @@ STARTS: dict[Any, Callable[[nn.Module, Settings], Any]] = {
 
 def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     """Gates learn to say what the policy says that training starts from."""
-    layers, channels = start_policy(outlook.settings)
-    return FollowTask(model, layers, channels)
+    try:
+        return FollowTask(model, *start_policy(outlook.settings))
+    except ValueError as error:
+        raise RunError(f"--start {outlook.settings.start}: {error}") from error
 
 
 FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0)
