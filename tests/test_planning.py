@@ -98,3 +98,13 @@ def test_a_policy_that_does_not_fit_is_one_line(
     kept.write_text(kept.read_text().replace(POLICY, "011"))
     assert call(skipnet, "--start", kept.parent, "--output", tmp_path / "run", *FEW) == 1
     assert "8 layer gates and of 0 channel groups; found '011'" in capsys.readouterr().err
+
+
+def test_a_policy_of_channels_too(tmp_path: Path) -> None:
+    """What --gain leaves beside an IADI network is a start for DDI."""
+    assert call(iadi, "--gain", "--output", tmp_path / "iadi", *FEW) == 0
+    policy = json.loads((tmp_path / "iadi" / "static" / "settings.json").read_text())["policy"]
+    assert ":" in policy
+    assert call(ddi, "--start", tmp_path / "iadi" / "static", "--output", tmp_path / "ddi", *FEW) == 0
+    rows = [json.loads(line) for line in (tmp_path / "ddi" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["follow", "iadi", "ddi"]

@@ -18,6 +18,8 @@ from run_folder import SETTINGS, RunError
 from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy
 from timm_dynamic.tasks import FollowTask
 
+Surgery = Callable[[nn.Module, Settings], Any]
+
 
 def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
     """The stages with the changes that were asked for; without the base stage where a trained base is given.
@@ -49,7 +51,7 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
             trained = () if stage.trains == "gates" else (replace(stage, surgery=None),)  # a warm-up has no place
             return (*stages[:place], follow, *trained, *stages[place + 1 :])
         if stage.surgery is fix_policy:
-            return (*stages[:place], replace(stage, surgery=fix_policy_of_start), *stages[place + 1 :])
+            return (*stages[:place], replace(stage, surgery=FIXED), *stages[place + 1 :])
     raise RunError("--start is for recipes that train gates, and for --method static")
 
 
@@ -82,37 +84,29 @@ def take_trunk(model: nn.Module, settings: Settings) -> None:
         raise RunError(f"--start {settings.start} does not fit --model {settings.model}: {error}") from error
 
 
-def fix_policy_of_start(model: nn.Module, settings: Settings) -> None:
-    """One policy for all images, in a network that was trained under one."""
-    take_trunk(model, settings)
-    fix_policy(model, settings)
+def _from_trunk(surgery: Surgery) -> Surgery:
+    """The same surgery on a network that was trained under one policy."""
+
+    def both(model: nn.Module, settings: Settings) -> None:
+        take_trunk(model, settings)
+        surgery(model, settings)
+
+    return both
 
 
-def start_with_layer_gates(model: nn.Module, settings: Settings) -> None:
-    """Layer gates for a network that was trained under one policy."""
-    take_trunk(model, settings)
-    add_layer_gates(model, settings)
-
-
-def start_with_soft_gates(model: nn.Module, settings: Settings) -> None:
-    """The same, which keep in part while training."""
-    take_trunk(model, settings)
-    add_soft_gates(model, settings)
-
-
-def start_with_all_gates(model: nn.Module, settings: Settings) -> None:
+def _add_open_channel_gates(model: nn.Module, settings: Settings) -> None:
     """Layer gates that learn the policy, and channel gates, which keep everything unless it says otherwise."""
-    take_trunk(model, settings)
     add_layer_gates(model, settings)
     config = {"group_size": settings.group_size, "mode": settings.channel_mode, "init": "open"}
     td.add_channel_gates(model, config)
 
 
-STARTS: dict[Any, Callable[[nn.Module, Settings], Any]] = {
-    add_layer_gates: start_with_layer_gates,
-    add_soft_gates: start_with_soft_gates,
-    add_all_gates: start_with_all_gates,
+STARTS: dict[Surgery | None, Surgery] = {
+    add_layer_gates: _from_trunk(add_layer_gates),
+    add_soft_gates: _from_trunk(add_soft_gates),
+    add_all_gates: _from_trunk(_add_open_channel_gates),
 }
+FIXED = _from_trunk(fix_policy)
 
 
 def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
