@@ -108,3 +108,25 @@ def test_a_policy_of_channels_too(tmp_path: Path) -> None:
     assert call(ddi, "--start", tmp_path / "iadi" / "static", "--output", tmp_path / "ddi", *FEW) == 0
     rows = [json.loads(line) for line in (tmp_path / "ddi" / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["follow", "iadi", "ddi"]
+
+
+def test_gates_that_learn_from_hindsight(start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--method", "hindsight", "--start", start, "--free", 1, "--target", 0.5, "--gain", "--output", run)
+    assert call(skipnet, *options, *FEW) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["follow", "hindsight"]
+    assert {"worth", "alpha", "macs_share"} <= rows[-1]["train"].keys()
+    assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+
+
+def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--method", "hindsight", "--output", tmp_path / "run", *FEW)
+    for options, message in (
+        ((), "--method hindsight starts from a finished run of --method static: give --start"),
+        (("--start", start, "--free", 5), "from 1 to 4 units of the policy 01011010"),
+        (("--start", start, "--target", 0.9), "--target must lie between 0."),
+    ):
+        assert call(skipnet, *few, *options) == 1
+        assert message in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)

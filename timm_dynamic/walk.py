@@ -241,8 +241,7 @@ class Walk:
         prob, self.memory = self.layer_gates(g, self.x, self.memory)
         keep = self._choose(prob, self.layer_levels, g)
         if self.forced is not None and self.forced.layer_keep is not None:
-            wanted = self.mine(self.forced.layer_keep[:, g])
-            keep = wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
+            keep = self._instead(self.mine(self.forced.layer_keep[:, g]), prob)
         if self.log is not None:
             self.log.layer_prob.append(spread(self._living(prob), self.rows, self.log.batch))
             self.log.layer_keep.append(spread(self._living(keep), self.rows, self.log.batch))
@@ -271,9 +270,14 @@ class Walk:
             first = self.forced.starts[g]
             for k, prob in enumerate(probs):
                 wanted = self.mine(self.forced.channel_keep[first + k])
-                wanted = wanted if places is None else wanted[places]
-                keeps[k] = wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
+                keeps[k] = self._instead(wanted if places is None else wanted[places], prob)
         return keeps
+
+    def _instead(self, wanted: Tensor, prob: Tensor) -> Tensor:
+        """A forced decision in the place of one from ``prob``; in training a float, in `forward` tied to the gate."""
+        if not self.model.training:
+            return wanted
+        return wanted.to(prob.dtype) + (0 * prob if self.log is None else 0)
 
     def mine(self, values: Tensor) -> Tensor:
         return values if self.rows is None else values[self.rows]
@@ -294,13 +298,22 @@ class Walk:
             for k in channels:
                 shown = k if keep is None else (k & keep[:, None] if k.dtype == torch.bool else k * keep[:, None])
                 self.log.channel_keep.append(self._living(shown))
-        if self.model.training and self.forced is not None and i - 1 in self.forced.idle:
-            y = units.rest(unit, units.shortcut(unit, self.x))  # known beforehand: no value has to be read
+        if self.model.training and self._nobody_runs(i - 1, keep):
+            y = units.rest(unit, units.shortcut(unit, self.x))
         elif self.model.training and getattr(self.model, "grad_checkpointing", False):
             y = checkpoint(units.run_masked, unit, self.x, keep, wide, use_reentrant=False)
         else:
             y = units.run_masked(unit, self.x, keep, wide)
         self.x = units.join(unit, self.x, y)
+
+    def _nobody_runs(self, g: int, keep: Tensor | None) -> bool:
+        """Whether gated unit `g` need not be computed in training: no image runs it, and no gate learns from it."""
+        if self.forced is None or self.forced.layer_keep is None or keep is None:
+            return False
+        if g in self.forced.idle:
+            return True  # known beforehand: no value has to be read
+        followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(keep) is not Tensor
+        return not followed and not keep.requires_grad and keep.device.type == "cpu" and not bool(keep.any())
 
     def _run_skipping(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
         g = i - 1

@@ -83,9 +83,10 @@ FLAGS = {
     "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
     # SkipNet
     "method": _flag(
-        Literal["sp", "soft", "sp+hrl", "hrl", "rl", "sdv", "static"],
+        Literal["sp", "soft", "sp+hrl", "hrl", "rl", "hindsight", "sdv", "static"],
         "sp: supervised, hard gates; soft: supervised, soft gates; sp+hrl: then hybrid reinforcement learning; "
-        "hrl: that from scratch; rl: without supervision; sdv: units dropped at random; static: one --policy for all.",
+        "hrl: that from scratch; rl: without supervision; hindsight: gates learn which images need the last units of "
+        "--start's policy; sdv: units dropped at random; static: one --policy for all.",
     ),
     "beta": _flag(float, "Weight of the loss in what gates are paid."),
     "unit_cost": _flag(Literal["one", "macs"], "What a gate is paid for skipping: the same for all, or by the MACs."),
@@ -100,6 +101,7 @@ FLAGS = {
     "plain": _flag(bool, "The paper's plain form: no baseline, moving batch norms, no added terms, gates as fast."),
     "keep": _flag(float, "Share of the units that sdv runs."),
     "policy": _flag(str | None, "For static: 1 or 0 for each gated unit, as in 11010110."),
+    "free": _flag(int, "For hindsight: how many of the policy's last units are left to the gates."),
     "gain": _flag(bool, "Afterwards train the best static policy for as long, and report the adaptive gain."),
 }
 
@@ -115,7 +117,7 @@ GATES = (
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exit_weighting", "distill_exits")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
-POLICIES = ("keep", "policy")
+POLICIES = ("keep", "policy", "free")
 
 
 def takes(*groups: tuple[str, ...], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -76,6 +76,7 @@ class Settings:
     plain: bool = False
     keep: float = 0.6
     policy: str | None = None
+    free: int = 3
     gain: bool = False
 
     @property
@@ -162,6 +163,8 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError("--energy FILE and --cost energy_mj go together; found one without the other")
     if (found.policy is not None) != (found.method == "static"):
         raise RunError("--policy and --method static go together; found one without the other")
+    if found.method == "hindsight" and found.start is None:
+        raise RunError("--method hindsight starts from a finished run of --method static: give --start")
 
 
 def fast_bf16() -> bool:

@@ -15,7 +15,8 @@ from torch import nn
 import timm_dynamic as td
 from options import Settings
 from run_folder import SETTINGS, RunError
-from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy
+from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
+from timm_dynamic.hindsight import HindsightTask
 from timm_dynamic.tasks import FollowTask
 
 Surgery = Callable[[nn.Module, Settings], Any]
@@ -118,3 +119,22 @@ def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 
 
 FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0)
+
+
+def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Gates learn when the last units of the policy that training started from are worth their cost."""
+    settings, more = outlook.settings, steering(outlook)
+    layers, channels = start_policy(settings)
+    if channels:
+        raise RunError(f"--method hindsight starts from a policy of layers; found {layers}:{channels}")
+    try:
+        task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=settings.free, **more)
+    except ValueError as error:
+        raise RunError(f"--free {settings.free}: {error}") from error
+    cheap, dear = task.train().shares(torch.zeros(2, *outlook.input_size, device=next(model.parameters()).device))
+    if task.target is not None and not cheap < task.target < dear:
+        raise RunError(
+            f"--target must lie between {cheap:.3f} and {dear:.3f}, the shares of the dense cost without and with the "
+            f"{settings.free} units left to the gates; found {task.target}"
+        )
+    return task

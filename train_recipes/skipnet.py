@@ -6,6 +6,7 @@ accelerate launch train_recipes/skipnet.py
 import flags
 import options
 from loop import run
+from planning import hindsight_task
 from stages import (
     STATIC,
     Stage,
@@ -25,6 +26,7 @@ HRL = Stage("hrl", hybrid_task, epochs=10, lr=0.01, gate_lr=0.1, clip=1.0)
 # As long as the stages of sp+hrl together:
 SCRATCH = Stage("hrl", hybrid_task, surgery=add_layer_gates, epochs=37, lr=0.1, gate_lr=0.1)
 ALONE = Stage("rl", reinforce_task, surgery=add_layer_gates, epochs=37, lr=0.1, gate_lr=0.1)
+HINDSIGHT = Stage("hindsight", hindsight_task, surgery=add_layer_gates, epochs=25, lr=0.1, clip=5.0)
 SDV = Stage("sdv", base_task, surgery=drop_at_random, epochs=25, lr=0.1)
 
 SPREAD = 1.0  # more than beside channel gates: these then take over what layer gates are slow to close
@@ -35,6 +37,7 @@ METHODS = {
     "sp+hrl": (BASE, SP, HRL),
     "hrl": (SCRATCH,),
     "rl": (ALONE,),
+    "hindsight": (HINDSIGHT,),
     "sdv": (BASE, SDV),
     "static": (BASE, STATIC),
 }

@@ -230,7 +230,7 @@ def warmup_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     return WarmupTask(model)
 
 
-def _steering(outlook: Outlook) -> dict[str, Any]:
+def steering(outlook: Outlook) -> dict[str, Any]:
     """What a task with a cost term is told; after another of its kind, or a policy, it is at the target already."""
     settings = outlook.settings
     return {
@@ -247,7 +247,7 @@ def _steering(outlook: Outlook) -> dict[str, Any]:
 
 def dynamic_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     """Cross entropy plus cost; a stage after another of this kind goes on with its alpha."""
-    return _going_on(DynamicTask(model, outlook.dense_cost, outlook.batches, **_steering(outlook)), outlook)
+    return _going_on(DynamicTask(model, outlook.dense_cost, outlook.batches, **steering(outlook)), outlook)
 
 
 def exits_task(model: nn.Module, outlook: Outlook) -> nn.Module:
@@ -292,7 +292,7 @@ def _reinforcing(model: nn.Module, outlook: Outlook, supervised: bool) -> nn.Mod
         entropy=0.0 if plain else settings.entropy,
         temperature=settings.temperature if near else 1.0,
         explore=settings.explore or None if near else None,
-        **_steering(outlook),
+        **steering(outlook),
     )
     return _going_on(task, outlook)
 

@@ -1,0 +1,174 @@
+"""Gates that learn from hindsight: what an image lost by the cheaper of two policies, and what the dearer one cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import losses
+from .forward import Decisions, decide
+from .gates import OPEN_PROB
+from .surgery import force
+from .tasks import GATES, DynamicTask, mean_over_processes, zero_of_all
+
+MOST_WEIGHT = 2.0  # nats; no image counts for more
+TINY = 1e-6
+
+
+def without_last(layers: str, count: int) -> str:
+    """A policy that shuts the last ``count`` units which run in another: 01101, 2 -> 01000.
+
+    Raises:
+        ValueError: if fewer units run, or count is below 1.
+    """
+    runs = [place for place, digit in enumerate(layers) if digit == "1"]
+    if not 1 <= count <= len(runs):
+        raise ValueError(f"from 1 to {len(runs)} units of the policy {layers} can be left to the gates; found {count}")
+    left = set(runs[-count:])
+    return "".join("0" if place in left else digit for place, digit in enumerate(layers))
+
+
+class HindsightTask(DynamicTask):
+    """Each image runs one of two policies, and its gates learn which it should have been.
+
+    The dearer policy is one that a network was trained under; the cheaper leaves out the last few of its units. What
+    decides is whether these are worth their cost for the image: the gate of the first of them sees what the classifier
+    would be given without them. For every batch both policies are run in the network as it is, without a gradient for
+    it, and the gates learn by cross entropy to say the one with the smaller ``loss + alpha * cost``. What either brings
+    counts as much as it differs, so that the gates learn the sign of the expected difference (cost-sensitive
+    classification), with none of the variance of sampled decisions. This is ours; SkipNet's reward (eq. 5) is what is
+    compared.
+
+    The network itself learns from images under the policies that their gates say; during the first part of training
+    a share of them, which falls from 1 to 0, runs either policy at random instead, so that both are learned.
+
+    Args:
+        model: a dynamic network with layer gates only, trained under the dearer policy.
+        dense_cost: of the stock model for one image, in the unit of `Decisions.cost`.
+        steps: batches that this task will see.
+        layers: the dearer policy, 1 (run) or 0 for each layer gate.
+        free: how many of its last units are left to the gates.
+        mixing: share of the steps in which some images run either policy at random.
+        rate: how fast alpha follows the distance from the target.
+        **steering: `alpha` or `target` and the other options of `DynamicTask`.
+
+    Raises:
+        ValueError: if the network has channel gates, exits or no layer gates, or the policy does not fit it; if
+            nothing is left to the gates.
+    """
+
+    policies: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense_cost: float,
+        steps: int,
+        *,
+        layers: str,
+        free: int,
+        mixing: float = 0.5,
+        rate: float = 0.2,
+        **steering: Any,
+    ):
+        super().__init__(model, dense_cost, steps, rate=rate, **steering)
+        gates = len(getattr(model, "layer_gates", ()))
+        if not gates or hasattr(model, "channel_gates") or hasattr(model, "exits"):
+            raise ValueError("hindsight compares policies of layers: the model needs layer gates, and no other parts")
+        if len(layers) != gates or set(layers) - {"0", "1"}:
+            raise ValueError(f"a policy has a zero or a one for each of {gates} layer gates; found {layers!r}")
+        both = [[digit == "1" for digit in policy] for policy in (without_last(layers, free), layers)]
+        self.mixing = mixing
+        self.register_buffer("policies", torch.tensor(both), persistent=False)
+        self.free = (self.policies[0] != self.policies[1]).nonzero().flatten().tolist()
+
+    def shares(self, x: Tensor) -> tuple[float, float]:
+        """What either policy costs, as a share of the dense cost, for images like ``x`` [B, C, H, W]."""
+        with torch.no_grad():
+            cheap, dear = (losses.cost_share(found.cost, self.dense_cost).item() for found in self._both(x))
+        return cheap, dear
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B].
+
+        ``macs_share`` is what the gates' own decisions cost, ``worth`` what the dearer policy is better by.
+        """
+        cheap, dear = self._both(x)
+        first = self.free[0]  # up to here both are the same
+        goes_on = dear.layer_prob[:, first] >= 0.5
+        share = losses.cost_share(torch.where(goes_on, dear.cost, cheap.cost).detach(), self.dense_cost)
+        weight = self._cost_weight(mean_over_processes(share))
+        worth = self._worth(cheap, dear, y)
+        price = weight * (dear.cost - cheap.cost).detach() / self.dense_cost
+        loss = self._hindsight(cheap, worth - price) + self._hindsight(dear, worth - price)
+        with force(self.model, layer_keep=self._drawn(cheap, dear, goes_on)):
+            decisions = decide(self.model, x)
+        loss = loss + self._classify(decisions, x, y) + zero_of_all(self.model)
+        return {"loss": loss, "worth": worth.mean(), **self._metrics(decisions, y, share, weight)}
+
+    def _both(self, x: Tensor) -> tuple[Decisions, Decisions]:
+        """What is decided and what comes out under either policy; only what gates say has a gradient."""
+        with self._trunk_stands_still():
+            found = []
+            for policy in self.policies:
+                with force(self.model, layer_keep=policy[None]):
+                    found.append(decide(self.model, x))
+        return found[0], found[1]
+
+    @contextmanager
+    def _trunk_stands_still(self) -> Iterator[None]:
+        """Batch norms in eval mode, and no gradient for anything but the gates."""
+        parts = [part for name, part in self.model.named_children() if name not in GATES]
+        learning = [p for part in parts for p in part.parameters() if p.requires_grad]
+        modes = [module for part in parts for module in part.modules() if module.training]
+        for p in learning:
+            p.requires_grad_(False)
+        for part in parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for module in modes:
+                module.training = True
+            for p in learning:
+                p.requires_grad_(True)
+
+    def _worth(self, cheap: Decisions, dear: Decisions, y: Tensor) -> Tensor:
+        """[B]: by how many nats the dearer policy's loss is smaller."""
+        cheaper, dearer = (
+            F.cross_entropy(found.logits.detach().float(), y, reduction="none") for found in (cheap, dear)
+        )
+        return cheaper - dearer
+
+    def _hindsight(self, found: Decisions, advantage: Tensor) -> Tensor:
+        """Cross entropy of what the gates say and the better policy; where both are the same, all images count alike.
+
+        advantage: [B], of the dearer policy.
+        """
+        better = self.policies[(advantage > 0).long()]  # [B, gates]
+        wanted = torch.where(better, OPEN_PROB, 1 - OPEN_PROB)
+        entropy = losses.decision_cross_entropy(found.layer_prob.clamp(TINY, 1 - TINY), wanted)
+        weight = advantage.abs().clamp(max=MOST_WEIGHT)
+        weight = weight / weight.mean().clamp_min(TINY)
+        fixed = self.policies[0] == self.policies[1]
+        common = entropy[:, fixed].mean(1).sum() if fixed.any() else 0.0
+        return (common + (weight * entropy[:, ~fixed].mean(1)).sum()) / len(advantage)
+
+    def _drawn(self, cheap: Decisions, dear: Decisions, goes_on: Tensor) -> Tensor:
+        """[B, gates]: the policy that each image is learned from.
+
+        What gates say on the way that they choose; for some images, during the first part, either policy at random.
+        """
+        own = torch.where(goes_on[:, None], dear.layer_prob, cheap.layer_prob).detach() >= 0.5
+        progress = int(self.seen) / self.steps
+        at_random = max(0.0, 1 - progress / self.mixing) if self.mixing > 0 else 0.0
+        if not self.training or at_random == 0:
+            return own
+        chance = torch.rand(2, len(own), device=own.device)
+        either = self.policies[(chance[0] < 0.5).long()]
+        return torch.where((chance[1] < at_random)[:, None], either, own)
