@@ -130,3 +130,15 @@ def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: p
         assert call(skipnet, *few, *options) == 1
         assert message in capsys.readouterr().err
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_exits_stand_where_they_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert call(ddi, "--exits-after", "1, 2,layer3.1", "--output", run, *FEW) == 0
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    assert model.exits.after == (2, 5, 7)
+    assert len(json.loads((run / "summary.json").read_text())["exits"]) == 4
+    for wrong, message in (("layer9", "no stage or unit 'layer9'"), ("3", "no exit after 'layer3'"), ("", "''")):
+        assert call(ddi, "--exits-after", wrong, "--output", tmp_path / "wrong", *FEW) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "wrong").exists()

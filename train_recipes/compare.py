@@ -38,7 +38,8 @@ LAYERS = (replace(_WARMUP, surgery=add_layer_gates), replace(_IADI, name="layers
 CHANNELS = (replace(_WARMUP, surgery=add_channel_gates), replace(_IADI, name="channels", clip=skipnet.SP.clip))
 CUT = (*IADI_STAGES, Stage("cut", exits_task, surgery=add_exits, trains="exits", epochs=_DDI.epochs, lr=_DDI.lr))
 OPEN = (replace(_IADI, name="open", surgery=add_all_gates),)
-STARTED = "sp+hrl from a policy"
+STARTED, HINDSIGHT = "sp+hrl from a policy", "hindsight from a policy"
+FREE, LESS = 2, 0.4  # units that hindsight leaves to the gates, and the share that it is to cost
 FRACTIONS = (0.3, 0.4, 0.5, 0.65)
 KEPT = ("keep_ratio", "policies", "policy_entropy", "macs_share_std", "target")
 PREFIX = {"base": "", "skipnet": "skipnet_", "iadi": "iadi_", "ddi": "ddi_"}
@@ -98,6 +99,8 @@ def skipnet_study(bench: Bench, target: float) -> None:
     start = bench.root / f"seed{bench.seed}" / "sp+hrl" / "static"
     again: dict[str, Any] = {"method": "sp+hrl", "start": start, "target": target, "gain": True}
     bench.measure(STARTED, "skipnet", skipnet.METHODS["sp+hrl"], **again)
+    again |= {"method": "hindsight", "free": FREE, "target": LESS}
+    bench.measure(HINDSIGHT, "skipnet", skipnet.METHODS["hindsight"], **again)
 
 
 def halves(bench: Bench) -> list[DataLoader[Any]]:
@@ -167,6 +170,7 @@ SKIPNET_CLAIMS = (
     Claim("learned skipping beats SDV at equal skip ratio (fig. 6)", "sp+hrl", "sdv"),
     Claim("adapting beats the best static policy (the adaptive gain)", "sp+hrl", "sp+hrl, static"),
     Claim("adapting beats going on with the policy that both start from", STARTED, f"{STARTED}, static"),
+    Claim("adapting by hindsight beats the best static policy at its cost", HINDSIGHT, f"{HINDSIGHT}, static"),
 )
 MONOTONE = tuple(
     Claim(f"{more} is not worse than {less}, but for half a point", f"ddi, {more}", f"ddi, {less}", 0.005)

@@ -79,6 +79,9 @@ FLAGS = {
     "distill": _flag(float, "Weight of the distance from the dense base's logits."),
     "information": _flag(float, "Weight of what layer gates tell about the image, which is to grow."),
     # Exits
+    "exits_after": _flag(
+        str | None, "Stages or units with an exit, as in 1,2,layer3.2; default: every stage but the last."
+    ),
     "exit_weighting": _flag(Literal["uniform", "linear"], "Weights of the exits in the loss."),
     "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
     # SkipNet
@@ -115,7 +118,7 @@ GATES = (
     "gain",
 )
 CHANNELS = ("group_size", "channel_mode")
-EXITS = ("exit_weighting", "distill_exits")
+EXITS = ("exits_after", "exit_weighting", "distill_exits")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy", "free")
 

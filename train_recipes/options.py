@@ -64,6 +64,7 @@ class Settings:
     energy: Path | None = None
     distill: float = 0.0
     information: float = 0.0
+    exits_after: str | None = None
     exit_weighting: str = "uniform"
     distill_exits: float = 0.0
     method: str | None = None

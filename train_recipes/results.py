@@ -20,6 +20,7 @@ from data import plain_images
 from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
+from stages import add_exits
 from timm_dynamic.budgets import set_price
 from timm_dynamic.calibration import meet_cost
 from timm_dynamic.costs import CostTable
@@ -73,6 +74,9 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
         td.cost_table(model, data.input_size)
     except ValueError as error:
         raise RunError(f"--model {settings.model}: {error}") from error
+    if settings.exits_after is not None:
+        with torch.random.fork_rng():
+            add_exits(copy.deepcopy(model), settings)  # so that what is wrong there is said before training
     return model
 
 

@@ -194,8 +194,15 @@ LEARNING = (add_layer_gates, add_soft_gates, add_all_gates)  # layer gates that 
 
 
 def add_exits(model: nn.Module, settings: Settings) -> None:
-    """A branch classifier after every stage but the last (DDI)."""
-    td.add_exits(model)
+    """Branch classifiers, after every stage but the last unless others are asked for (DDI)."""
+    after = None
+    if settings.exits_after is not None:
+        places = [part.strip() for part in settings.exits_after.split(",")]
+        after = tuple(int(part) if part.isdigit() else part for part in places)
+    try:
+        td.add_exits(model, td.ExitConfig(after=after))
+    except ValueError as error:
+        raise RunError(f"--exits-after {settings.exits_after}: {error}") from error
 
 
 def drop_at_random(model: nn.Module, settings: Settings) -> None:
