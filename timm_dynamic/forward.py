@@ -85,6 +85,8 @@ def decide(model: nn.Module, x: Tensor) -> Decisions:
     exit_logits: Sequence[Tensor | None]
     if model.training:
         exit_logits = all_logits = _all_exits(walk)
+        if walk.forced is not None and log.layer_prob:  # forced or not, the optimiser meets the gates
+            all_logits[-1] = all_logits[-1] + (0 * torch.stack(log.layer_prob).sum()).to(all_logits[-1].dtype)
         assert walk.macs is not None
         logits, index, spent = all_logits[-1], len(all_logits) - 1, walk.macs.spent
     else:

@@ -241,7 +241,9 @@ class Walk:
         prob, self.memory = self.layer_gates(g, self.x, self.memory)
         keep = self._choose(prob, self.layer_levels, g)
         if self.forced is not None and self.forced.layer_keep is not None:
-            keep = self._instead(self.mine(self.forced.layer_keep[:, g]), prob)
+            # `decide` ties the logits to the gates: what runs need not carry a gradient of zero back through all units
+            tied = prob if self.log is None else prob.detach()
+            keep = self._instead(self.mine(self.forced.layer_keep[:, g]), tied)
         if self.log is not None:
             self.log.layer_prob.append(spread(self._living(prob), self.rows, self.log.batch))
             self.log.layer_keep.append(spread(self._living(keep), self.rows, self.log.batch))
@@ -274,10 +276,8 @@ class Walk:
         return keeps
 
     def _instead(self, wanted: Tensor, prob: Tensor) -> Tensor:
-        """A forced decision in the place of one from ``prob``; in training a float, in `forward` tied to the gate."""
-        if not self.model.training:
-            return wanted
-        return wanted.to(prob.dtype) + (0 * prob if self.log is None else 0)
+        """A forced decision in the place of one from ``prob``; in training a float with a gradient of zero."""
+        return wanted.to(prob.dtype) + 0 * prob if self.model.training else wanted
 
     def mine(self, values: Tensor) -> Tensor:
         return values if self.rows is None else values[self.rows]
