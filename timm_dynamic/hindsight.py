@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
-from .gates import OPEN_PROB
 from .surgery import force
-from .tasks import GATES, DynamicTask, mean_over_processes, zero_of_all
+from .tasks import GATES, TINY, DynamicTask, following, mean_over_processes, zero_of_all
 
 MOST_WEIGHT = 2.0  # nats; no image counts for more
-TINY = 1e-6
 
 
 def without_last(layers: str, count: int) -> str:
@@ -151,8 +149,7 @@ class HindsightTask(DynamicTask):
         advantage: [B], of the dearer policy.
         """
         better = self.policies[(advantage > 0).long()]  # [B, gates]
-        wanted = torch.where(better, OPEN_PROB, 1 - OPEN_PROB)
-        entropy = losses.decision_cross_entropy(found.layer_prob.clamp(TINY, 1 - TINY), wanted)
+        entropy = following(found.layer_prob, better)
         weight = advantage.abs().clamp(max=MOST_WEIGHT)
         weight = weight / weight.mean().clamp_min(TINY)
         fixed = self.policies[0] == self.policies[1]

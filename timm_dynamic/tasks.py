@@ -174,13 +174,23 @@ class FollowTask(WarmupTask):
             if hook is not None:
                 hook.remove()
         prob = torch.cat([*([decisions.layer_prob] if layer_keep.numel() else ()), *said], dim=1)
-        wanted = torch.where(self.keep, OPEN_PROB, 1 - OPEN_PROB).expand_as(prob)
         return {
-            "loss": losses.decision_cross_entropy(prob.clamp(TINY, 1 - TINY), wanted).mean(),
+            "loss": following(prob, self.keep.expand_as(prob)).mean(),
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
             "skip_ratio": ((prob >= 0.5) != self.keep).float().mean(),
         }
+
+
+def following(prob: Tensor, keep: Tensor) -> Tensor:
+    """Cross entropy of each decision and what it is to be, in nats; certain, but no more than an open gate is.
+
+    Args:
+        prob: probabilities of keeping.
+        keep: bool, of the same shape.
+    """
+    wanted = torch.where(keep, OPEN_PROB, 1 - OPEN_PROB)
+    return losses.decision_cross_entropy(prob.clamp(TINY, 1 - TINY), wanted)
 
 
 def _units(model: nn.Module) -> int:
