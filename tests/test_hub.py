@@ -230,6 +230,13 @@ def test_the_budget_in_the_card_can_be_set(tmp_path: Path) -> None:
     td.set_budget(model, macs=int(line.split("macs=")[1].split(")")[0]))
 
 
+def test_the_card_says_how_sure_an_image_is_that_leaves() -> None:
+    model = MODELS["ddi"][0]()
+    assert "an image leaves at the first exit" not in card.model_card(model, "a", "resnet20_cifar", "local-dir:a")
+    model.exits.set_confidence([0.9, 2.0])
+    assert "so sure: 0.9, never" in card.model_card(model, "a", "resnet20_cifar", "local-dir:a")
+
+
 def test_a_card_that_was_taken_over_is_kept(tmp_path: Path) -> None:
     model = made("resnet20_cifar")
     hub.save_pretrained(model, tmp_path)

@@ -76,6 +76,27 @@ def test_a_whole_run_and_its_gain(start: Path, tmp_path: Path) -> None:
     assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
 
 
+def test_what_the_policy_never_runs_is_shut_and_images_leave_early(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("--stage", "follow.iterations=4", "--stage", "iadi.epochs=0", "--stage", "ddi.iterations=4")
+    options = ("--start", start, "--channel-mode", "none", "--shut", 0.0, *steps, *FEW[:4], *FEW[6:])
+    for share, early in ((0.3, True), (0.99, False)):
+        run = tmp_path / str(share)
+        assert call(ddi, *options, "--calibrate", share, "--output", run) == 0
+        model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+        shut = [digit for place, digit in enumerate(POLICY) if place not in model.layer_gates.shut]
+        assert "0" not in shut
+        assert not hasattr(model, "channel_gates")
+        shown = capsys.readouterr().out
+        assert ("calibrated to 30" in shown) == early
+        assert ("images go to the head" in shown) != early
+        assert model.exits.calibrated == early
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["dynamic"]["macs"] < summary["exits"][-1]["macs"]) == early
+        assert "shut for good: layer1.1" in shown
+
+
 def test_wrong_starts_are_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--output", tmp_path / "run", *FEW)
     cut = shutil.copytree(start, tmp_path / "cut") / "model.safetensors"
@@ -122,13 +143,15 @@ def test_gates_that_learn_from_hindsight(start: Path, tmp_path: Path) -> None:
 
 def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--method", "hindsight", "--output", tmp_path / "run", "--stage", "follow.iterations=1", *FEW[:4])
-    for options, message in (
-        ((), "--method hindsight starts from a finished run of --method static: give --start"),
-        (("--start", start, "--free", 5), "from 1 to 4 units of the policy 01011010"),
-        (("--start", start, "--target", 0.9), "--target must lie between 0."),
+    for options, message, begun in (
+        ((), "--method hindsight starts from a finished run of --method static: give --start", False),
+        (("--start", start, "--free", 5), "from 1 to 4 units of the policy 01011010", False),
+        (("--start", start, "--information", 0.1), "no use for --information; found 0.1", False),
+        (("--start", start, "--target", 0.9), "--target must lie between 0.", True),
     ):
         assert call(skipnet, *few, *options) == 1
         assert message in capsys.readouterr().err
+        assert (tmp_path / "run").exists() == begun
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ ORDER = [
     *("version", "configs", "safety", "shipped"),
     *("losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
     *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "spreading"),
+    "shutting",
     *("tasks", "reinforcement", "hindsight"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),

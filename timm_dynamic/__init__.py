@@ -14,6 +14,7 @@ from .inference import optimize_for_inference
 from .measure import cost_table
 from .onnx import export_onnx
 from .onnx_session import onnx_runner
+from .shutting import idle_units, shut_units
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
 from .version import __version__
 
@@ -36,11 +37,13 @@ __all__ = [
     "decide",
     "export_onnx",
     "force",
+    "idle_units",
     "onnx_runner",
     "optimize_for_inference",
     "push_to_hub",
     "save_pretrained",
     "set_budget",
     "set_execution",
+    "shut_units",
     "strip",
 ]

@@ -73,7 +73,7 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
     """
     positive("fraction", fraction)
     search = _Search(model, loader, use)
-    with _kept(model):
+    with kept(model):
         best = search.over(fraction)
     apply_calibration(model, best, use=use)
     return best
@@ -97,7 +97,7 @@ def calibrations(
         ValueError: if there are too few images, or the model lacks what is to be moved.
     """
     search, found = _Search(model, loader, use), {}
-    with _kept(model):
+    with kept(model):
         for fraction in fractions:
             with suppress(OutOfReach):
                 found[fraction] = search.over(fraction)
@@ -152,7 +152,7 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, agreement: 
     if not parts or not batches:
         raise ValueError(f"meet_cost needs gates and images; found {len(parts)} kinds of gates, {len(batches)} batches")
     before = [part.threshold.clone() for part in parts]
-    with _kept(model):
+    with kept(model):
         first, said = _run_to_head(model, batches)
         tried: dict[float | None, float] = {None: first}
         low, high = -12.0, 12.0  # logits: gates can be very sure, and all about as much
@@ -288,7 +288,7 @@ def _set(model: Any, threshold: float | None, confidence: float | None) -> None:
 
 
 @contextmanager
-def _kept(model: Any) -> Iterator[None]:
+def kept(model: Any) -> Iterator[None]:
     """Eval mode without forced decisions for a while; mode, thresholds and forcing are put back."""
     training, forced = model.training, model.dynamic.forced
     parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]

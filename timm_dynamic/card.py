@@ -281,10 +281,15 @@ def _described(model: Any, base: str) -> dict[str, Any]:
     parts = []
     if layer is not None:
         parts.append(f"layer gates of kind `{layer.config.kind}`: each image decides which units run")
+        if layer.config.shut:
+            parts.append("units that no image runs: " + ", ".join(f"`{name}`" for name in layer.config.shut))
     if channel is not None:
         parts.append(f"channel gates, {channel.config.mode}: each image decides which hidden channels are computed")
     if exits is not None:
         parts.append(f"early exits ({len(exits)}): images may leave before the head, by budget or confidence")
+        if exits.calibrated:
+            sure = ", ".join("never" if level > 1 else f"{level:.4g}" for level in exits.levels)
+            parts.append(f"without a budget an image leaves at the first exit where it is so sure: {sure}")
     if budget is not None:
         given = {key: value for key, value in budget.to_dict().items() if value is not None}
         parts.append("a budget that is set when it is loaded: " + ", ".join(f"{k} = {v}" for k, v in given.items()))

@@ -81,12 +81,14 @@ class LayerGateConfig(Config):
         init: "open": a fresh gate keeps for every input; "random": the papers' start.
         width: hidden channels of an FFGate's convolutions. None: as many as the input has where that keeps the gate
             near the paper's share of a unit, fewer elsewhere.
+        shut: names of gated units that no image runs, whatever their gates say: see `shut_units`.
     """
 
     shorthand: ClassVar[str | None] = "kind"
     kind: str = "rnn"
     init: str = "open"
     width: int | None = None
+    shut: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("kind of layer gate", self.kind, LAYER_GATE_KINDS)
@@ -95,6 +97,8 @@ class LayerGateConfig(Config):
             positive_int("width", self.width)
             if self.width > 4096:
                 raise ValueError(f"width must be at most 4096; found {self.width}")
+        if not isinstance(self.shut, tuple) or not all(isinstance(name, str) for name in self.shut):
+            raise ValueError(f"shut must be a tuple of names of units; found {self.shut!r}")
 
 
 @dataclass(frozen=True)

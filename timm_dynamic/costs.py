@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class UnitCost:
         convs: the branch, paid by the channels that run.
         sizes: for each gated hidden width, the sizes of its channel groups.
         divisible: whether the branch costs in proportion to the channels that run; if not, it is paid in full.
+        shut: whether the unit is shut for good: see `shut_units`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class UnitCost:
     convs: tuple[ConvCost, ...]
     sizes: tuple[tuple[int, ...], ...] = ()
     divisible: bool = True
+    shut: bool = False
 
     @property
     def branch(self) -> Any:
@@ -62,7 +64,7 @@ class UnitCost:
     @property
     def dearest(self) -> Any:
         """MACs of the unit at most, gates included."""
-        return self.full + self.layer_gate + self.channel_gate
+        return self.cheapest if self.shut else self.full + self.layer_gate + self.channel_gate
 
     @property
     def cheapest(self) -> Any:
@@ -246,6 +248,11 @@ class CostTable:
         leave = tuple(values[f"leave {k}"] if cost else 0 for k, cost in enumerate(self.leave))
         heads = [values[f"exit {k}"] for k in range(len(self.exits) - 1)] + [values["head"]]
         return assembled(replace(self, stem=values["stem"], leave=leave, units=tuple(units)), heads)
+
+    def with_shut(self, names: Collection[str]) -> "CostTable":
+        """The same table with these units, and no others, shut for good."""
+        units = tuple(replace(unit, shut=unit.name in names) for unit in self.units)
+        return assembled(replace(self, units=units), [stop.head for stop in self.exits])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""

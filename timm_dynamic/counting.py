@@ -153,9 +153,18 @@ def _count_unit(
         factor = whole / sum(conv.cost + conv.extra for conv in convs)
         convs = tuple(replace(c, cost=c.cost * factor, extra=c.extra * factor) for c in convs)
     skippable = layer_gates is not None and i > 0
-    gated = skippable or bool(sizes)
     row = UnitCost(
-        unit.name, unit.stage, gated, skippable, layer_gate, short, channel_gate, convs, sizes, meter.divisible
+        name=unit.name,
+        stage=unit.stage,
+        gated=skippable or bool(sizes),
+        skippable=skippable,
+        layer_gate=layer_gate,
+        shortcut=short,
+        channel_gate=channel_gate,
+        convs=convs,
+        sizes=sizes,
+        divisible=meter.divisible,
+        shut=layer_gates is not None and i > 0 and i - 1 in layer_gates.shut,
     )
     return join(unit, x, y), memory, row
 

@@ -1,7 +1,7 @@
 """Gates: small networks that look at a unit's input and say what of the unit is computed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,12 +110,29 @@ class FeedForwardGate(nn.Sequential):
             open_gate(last)
 
 
+def shut_places(shut: Iterable[str], gated: Sequence[str]) -> frozenset[int]:
+    """Places of the units that are shut for good.
+
+    Args:
+        shut: names of those.
+        gated: names of all gated units.
+
+    Raises:
+        ValueError: for a name that is not a gated unit's.
+    """
+    places = {name: place for place, name in enumerate(gated)}
+    for name in shut:
+        if name not in places:
+            raise ValueError(f"only gated units can be shut: {', '.join(places)}; found {name!r}")
+    return frozenset(places[name] for name in shut)
+
+
 class FeedForwardGates(nn.Module):
     """One gate of its own for each gated unit."""
 
     def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shut = config, shut_places(config.shut, [site.name for site in sites])
         self.gates = nn.ModuleList(FeedForwardGate(config, site) for site in sites)
         self.threshold: Tensor = thresholds(len(sites))
 
@@ -123,7 +140,12 @@ class FeedForwardGates(nn.Module):
         return len(self.gates)
 
     def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and `memory` as it was."""
+        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and `memory` as it was.
+
+        The gate of a unit that is shut for good is not run.
+        """
+        if index in self.shut:
+            return x.new_zeros(len(x), dtype=torch.float32), memory
         return torch.sigmoid(self.gates[index](x).float()).flatten(), memory
 
     def cut(self, count: int) -> None:
@@ -135,12 +157,12 @@ class RecurrentGates(nn.Module):
     """RNNGate: one LSTM cell shared by all units (SkipNet, section 3.1, fig. 3c).
 
     A projection to the cell's input for each input width (each unit in a DenseNet). The state starts at zero in each
-    forward pass and is handed from unit to unit by the caller.
+    forward pass and is handed from unit to unit by the caller, past units that are shut for good too.
     """
 
     def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shut = config, shut_places(config.shut, [site.name for site in sites])
         self.keys = [site.name.replace(".", "_") if site.grows else str(site.channels) for site in sites]
         self.project = nn.ModuleDict(
             {key: nn.Linear(site.channels, RNN_SIZE) for key, site in zip(self.keys, sites, strict=True)}

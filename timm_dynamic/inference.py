@@ -57,7 +57,7 @@ class FoldedRecurrentGates(nn.Module):
 
     def __init__(self, gates: RecurrentGates) -> None:
         super().__init__()
-        self.config, self.keys = gates.config, list(gates.keys)
+        self.config, self.keys, self.shut = gates.config, list(gates.keys), gates.shut
         self.threshold: Tensor = nn.Buffer(gates.threshold.clone())
         cell, matrices, offsets = gates.cell, {}, {}
         for key in dict.fromkeys(self.keys):

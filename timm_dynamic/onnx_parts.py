@@ -114,10 +114,13 @@ def level_of(probability: float) -> float:
 def ask_layer(net: Net, graph: Graph, g: int, x: Value, memory: Memory) -> tuple[str, Memory]:
     """Whether gated unit `g` runs: bool, one element for each image, and the next state of an RNN gate."""
     gates = net.layer_gates
-    level = level_of(float(gates.threshold[g]))
+    level = math.inf if g in gates.shut else level_of(float(gates.threshold[g]))
     if isinstance(gates, FoldedRecurrentGates):
         return _recur(graph, gates, g, x, memory, level)
-    (logit,) = translate(graph, gates.gates[g], x)
+    never = g in gates.shut
+    (logit,) = translate(
+        graph, (lambda x: x.sum((1, 2, 3), keepdim=True).flatten(1) * 0) if never else gates.gates[g], x
+    )
     return graph.op("GreaterOrEqual", logit.name, graph.constant(level)), memory
 
 

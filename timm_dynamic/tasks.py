@@ -35,6 +35,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def shut(model: nn.Module) -> bool:
+    """Whether units are shut for good, which then take no part in training."""
+    return bool(getattr(getattr(model, "layer_gates", None), "shut", ()))
+
+
 def zero_of_all(model: nn.Module) -> Tensor:
     """Zero, with a gradient of zero for every trained parameter.
 
@@ -174,8 +179,9 @@ class FollowTask(WarmupTask):
             if hook is not None:
                 hook.remove()
         prob = torch.cat([*([decisions.layer_prob] if layer_keep.numel() else ()), *said], dim=1)
+        loss = following(prob, self.keep.expand_as(prob)).mean()
         return {
-            "loss": following(prob, self.keep.expand_as(prob)).mean(),
+            "loss": loss + zero_of_all(self.model) if shut(self.model) else loss,
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
             "skip_ratio": ((prob >= 0.5) != self.keep).float().mean(),
@@ -309,6 +315,8 @@ class DynamicTask(nn.Module):
         loss = self._classify(decisions, x, y) + weight * share
         if self.information and decisions.layer_prob.shape[1]:
             loss = loss - self.information * losses.unit_information(decisions.layer_prob)
+        if shut(self.model):
+            loss = loss + zero_of_all(self.model)
         return {"loss": loss, **self._metrics(decisions, y, share, weight)}
 
     def _early_exits(self, x: Tensor) -> float:

@@ -244,6 +244,8 @@ class Walk:
             # `decide` ties the logits to the gates: what runs need not carry a gradient of zero back through all units
             tied = prob if self.log is None else prob.detach()
             keep = self._instead(self.mine(self.forced.layer_keep[:, g]), tied)
+        if g in self.layer_gates.shut:
+            keep = torch.zeros_like(keep)
         if self.log is not None:
             self.log.layer_prob.append(spread(self._living(prob), self.rows, self.log.batch))
             self.log.layer_keep.append(spread(self._living(keep), self.rows, self.log.batch))
@@ -308,7 +310,9 @@ class Walk:
 
     def _nobody_runs(self, g: int, keep: Tensor | None) -> bool:
         """Whether gated unit `g` need not be computed in training: no image runs it, and no gate learns from it."""
-        if self.forced is None or self.forced.layer_keep is None or keep is None:
+        if keep is None or self.layer_gates is None or g in self.layer_gates.shut:
+            return keep is not None
+        if self.forced is None or self.forced.layer_keep is None:
             return False
         if g in self.forced.idle:
             return True  # known beforehand: no value has to be read

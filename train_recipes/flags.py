@@ -69,7 +69,9 @@ FLAGS = {
         float, "Deviation between images that fresh layer gates' logits are scaled to; 0 leaves them as drawn."
     ),
     "group_size": _flag(int, "Hidden channels that a channel gate decides on together; 1 is the paper's form."),
-    "channel_mode": _flag(Literal["independent", "nested"], "Any groups of channels, or the first few of them."),
+    "channel_mode": _flag(
+        Literal["independent", "nested", "none"], "Any groups of channels, the first few of them, or layer gates alone."
+    ),
     "alpha": _flag(float | None, "Fixed weight of the cost, which is a share of the dense network's."),
     "target": _flag(float | None, "Share of the dense cost that alpha is steered to, instead of --alpha."),
     "cost": _flag(
@@ -78,12 +80,21 @@ FLAGS = {
     "energy": _flag(Path | None, "JSON file with energy constants, or with a value for every unit."),
     "distill": _flag(float, "Weight of the distance from the dense base's logits."),
     "information": _flag(float, "Weight of what layer gates tell about the image, which is to grow."),
+    "shut": _flag(
+        float | None,
+        "Shut units for good that no more than this share of the training images run, so that hard budgets need not "
+        "allow for them: at the end, and from the first step on those that --start's policy never runs.",
+    ),
     # Exits
     "exits_after": _flag(
         str | None, "Stages or units with an exit, as in 1,2,layer3.2; default: every stage but the last."
     ),
     "exit_weighting": _flag(Literal["uniform", "linear"], "Weights of the exits in the loss."),
     "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
+    "calibrate": _flag(
+        float | None,
+        "Afterwards let images leave early, from the confidence that costs this share of the dense MACs on the mean.",
+    ),
     # SkipNet
     "method": _flag(
         Literal["sp", "soft", "sp+hrl", "hrl", "rl", "hindsight", "sdv", "static"],
@@ -115,10 +126,10 @@ TRAINING = (
 )
 GATES = (
     *("base", "start", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information"),
-    "gain",
+    *("shut", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
-EXITS = ("exits_after", "exit_weighting", "distill_exits")
+EXITS = ("exits_after", "exit_weighting", "distill_exits", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy", "free")
 

@@ -30,7 +30,6 @@ from timm_dynamic import set_execution
 from timm_dynamic.evaluation import static_policy
 from timm_dynamic.spreading import spread_gates
 
-VAL_BATCH = 256
 SPREAD_IMAGES, SMALL = 256, 64  # images of up to so many pixels a side; a quarter of that many larger ones
 
 
@@ -80,7 +79,7 @@ def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], se
         return
     data = _load(accelerator, settings)
     model = timm.create_model(f"local-dir:{root}", pretrained=True, budget=False).to(accelerator.device)
-    policy = static_policy(model, datasets.val_loader(data, VAL_BATCH, settings.workers))
+    policy = static_policy(model, datasets.val_loader(data, results.VAL_BATCH, settings.workers))
     accelerator.print(f"now the best static policy, {policy}, for as long: its accuracy is what adapting has to beat")
     gated = [stage for stage in stages if stage.name != "base" and stage.trains == "all"]
     per_epoch = len(data.train) // settings.batch_size  # type: ignore[arg-type]
@@ -134,7 +133,7 @@ class Trainer:
         self.model = self._placed(model)
         self.progress = Progress()
         self.previous: dict[str, Tensor] = {}
-        val_batch = max(1, VAL_BATCH // accelerator.num_processes) * accelerator.num_processes
+        val_batch = max(1, results.VAL_BATCH // accelerator.num_processes) * accelerator.num_processes
         self.val = accelerator.prepare(datasets.val_loader(data, val_batch, settings.workers))
         self.images = len(data.train)  # type: ignore[arg-type]
         if settings.grad_checkpointing:

@@ -64,9 +64,11 @@ class Settings:
     energy: Path | None = None
     distill: float = 0.0
     information: float = 0.0
+    shut: float | None = None
     exits_after: str | None = None
     exit_weighting: str = "uniform"
     distill_exits: float = 0.0
+    calibrate: float | None = None
     method: str | None = None
     beta: float = 1.0
     unit_cost: str = "macs"
@@ -136,14 +138,18 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError(f"{found.recipe}.py trains {wanted}; found --model {found.model}")
     if found.alpha is not None and found.target is not None:
         raise RunError(f"give --alpha or --target, not both; found {found.alpha} and {found.target}")
-    if found.target is not None and not 0 < found.target <= 1:
-        raise RunError(f"--target must be a share of the dense cost in (0, 1]; found {found.target}")
+    for name in ("target", "calibrate"):
+        share = getattr(found, name)
+        if share is not None and not 0 < share <= 1:
+            raise RunError(f"--{name} must be a share of the dense cost in (0, 1]; found {share}")
     for name in ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size"):
         if getattr(found, name) <= 0:
             raise RunError(f"--{name.replace('_', '-')} must be above 0; found {getattr(found, name)}")
     for name in ("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy"):
         if getattr(found, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
+    if found.shut is not None and not 0 <= found.shut < 1:
+        raise RunError(f"--shut must be a share of the images in [0, 1); found {found.shut}")
     if not 0 <= found.explore < 0.5:
         raise RunError(f"--explore must be a share in [0, 0.5); found {found.explore}")
     if found.clip_grad is not None and found.clip_grad < 0:
@@ -166,6 +172,8 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError("--policy and --method static go together; found one without the other")
     if found.method == "hindsight" and found.start is None:
         raise RunError("--method hindsight starts from a finished run of --method static: give --start")
+    if found.method == "hindsight" and found.information:
+        raise RunError(f"--method hindsight has no use for --information; found {found.information}")
 
 
 def fast_bf16() -> bool:

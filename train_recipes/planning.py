@@ -16,7 +16,8 @@ import timm_dynamic as td
 from options import Settings
 from run_folder import SETTINGS, RunError
 from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
-from timm_dynamic.hindsight import HindsightTask
+from timm_dynamic import families
+from timm_dynamic.hindsight import HindsightTask, without_last
 from timm_dynamic.tasks import FollowTask
 
 Surgery = Callable[[nn.Module, Settings], Any]
@@ -45,7 +46,9 @@ def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
 
 def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
     """The stages of a run that starts from a network of one policy: its gates follow that before they leave it."""
-    start_policy(settings)  # fails where there is none
+    layers, channels = start_policy(settings)  # fails where there is none
+    if settings.method == "hindsight":
+        _check_free(layers, channels, settings)
     for place, stage in enumerate(stages):
         if stage.surgery in STARTS:
             follow = replace(FOLLOW, surgery=STARTS[stage.surgery])
@@ -86,11 +89,15 @@ def take_trunk(model: nn.Module, settings: Settings) -> None:
 
 
 def _from_trunk(surgery: Surgery) -> Surgery:
-    """The same surgery on a network that was trained under one policy."""
+    """The same surgery on a network that was trained under one policy; with --shut, what that never runs is shut."""
 
     def both(model: nn.Module, settings: Settings) -> None:
         take_trunk(model, settings)
         surgery(model, settings)
+        if settings.shut is not None and surgery is not fix_policy:
+            layers, _ = start_policy(settings)
+            gated = [unit.name for unit in families.units(model)[1:]]
+            td.shut_units(model, [name for name, digit in zip(gated, layers, strict=False) if digit == "0"])
 
     return both
 
@@ -98,8 +105,9 @@ def _from_trunk(surgery: Surgery) -> Surgery:
 def _add_open_channel_gates(model: nn.Module, settings: Settings) -> None:
     """Layer gates that learn the policy, and channel gates, which keep everything unless it says otherwise."""
     add_layer_gates(model, settings)
-    config = {"group_size": settings.group_size, "mode": settings.channel_mode, "init": "open"}
-    td.add_channel_gates(model, config)
+    if settings.channel_mode != "none":
+        config = {"group_size": settings.group_size, "mode": settings.channel_mode, "init": "open"}
+        td.add_channel_gates(model, config)
 
 
 STARTS: dict[Surgery | None, Surgery] = {
@@ -121,16 +129,24 @@ def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0)
 
 
-def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
-    """Gates learn when the last units of the policy that training started from are worth their cost."""
-    settings, more = outlook.settings, steering(outlook)
-    layers, channels = start_policy(settings)
+def _check_free(layers: str, channels: str, settings: Settings) -> None:
+    """Whether the gates can be left the last units of the policy."""
     if channels:
         raise RunError(f"--method hindsight starts from a policy of layers; found {layers}:{channels}")
     try:
-        task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=settings.free, **more)
+        without_last(layers, settings.free)
     except ValueError as error:
         raise RunError(f"--free {settings.free}: {error}") from error
+
+
+def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
+    """Gates learn when the last units of the policy that training started from are worth their cost."""
+    settings, more = outlook.settings, steering(outlook)
+    layers, _ = start_policy(settings)
+    try:
+        task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=settings.free, **more)
+    except ValueError as error:
+        raise RunError(f"--start {settings.start}: {error}") from error
     cheap, dear = task.train().shares(torch.zeros(2, *outlook.input_size, device=next(model.parameters()).device))
     if task.target is not None and not cheap < task.target < dear and not settings.max_steps:  # a dry run goes on
         raise RunError(

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import timm_dynamic as td
-from data import plain_images
+from data import plain_images, val_loader
 from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
@@ -29,9 +29,10 @@ from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
 
 TIMED_IMAGES = 20
-COUNTED_IMAGES = 512
+COUNTED_IMAGES, SEEN_IMAGES = 512, 1024
 SMALL = ("digits", "cifar10", "cifar100", "svhn")
 ROUNDS = 60
+VAL_BATCH = 256
 
 # The network at the beginning ----------------------------------------------------------------------------------------
 
@@ -188,7 +189,9 @@ def finish(
     """Measure the trained network, print the table and write what the run leaves behind."""
     if hasattr(model, "dynamic"):
         td.set_execution(model, "skip")
+        _shut_idle(accelerator, model, data, settings)
         _meet_target(accelerator, model, data, settings)
+        _leave_early(accelerator, model, data, settings)
     chosen = restrictions(model, data.input_size)
     found = {"dynamic": measure(accelerator, model, loader)}
     found |= measure_restricted(accelerator, model, loader, chosen)
@@ -204,6 +207,16 @@ def finish(
     accelerator.wait_for_everyone()
 
 
+def _shut_idle(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
+    """Shut what is hardly run; every process finds the same."""
+    fixed = settings.method in ("sdv", "static") or not hasattr(model, "layer_gates")
+    if settings.shut is None or fixed or settings.max_steps:
+        return
+    idle = td.idle_units(model, plain_images(data, SEEN_IMAGES), settings.shut)
+    td.shut_units(model, idle)
+    accelerator.print(f"shut for good: {', '.join(idle) or 'no unit'}")
+
+
 def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
     """Make good, by the gates' thresholds, what the cost on training images is beside the target."""
     steered = settings.target is not None and settings.method not in ("sdv", "static") and settings.cost == "macs"
@@ -216,6 +229,24 @@ def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, setting
         ": missed; train longer, or with faster gates (--stage STAGE.gate_lr)" if abs(found - wanted) > 0.02 else ""
     )
     accelerator.print(f"{100 * found:.1f} % of the dense MACs on training images, wanted {100 * wanted:.1f} %{missed}")
+
+
+def _leave_early(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
+    """Set the exits' confidences for the mean cost that was asked for, on the validation images; gates stay as trained.
+
+    Every process finds the same.
+    """
+    if settings.calibrate is None or not hasattr(model, "exits") or settings.max_steps:
+        return
+    try:
+        found = td.calibrate(model, val_loader(data, VAL_BATCH, settings.workers), settings.calibrate, use="exits")
+    except ValueError as error:
+        accelerator.print(f"--calibrate {settings.calibrate}: {error}; images go to the head")
+        return
+    accelerator.print(
+        f"calibrated to {100 * found.fraction:.1f} % of the dense MACs: images leave from a confidence of "
+        f"{found.confidence:.4g}"
+    )
 
 
 def summarise(

@@ -185,9 +185,10 @@ def add_channel_gates(model: nn.Module, settings: Settings) -> None:
 
 
 def add_all_gates(model: nn.Module, settings: Settings) -> None:
-    """Layer and channel gates (IADI)."""
+    """Layer and channel gates (IADI); layer gates alone with --channel-mode none."""
     add_layer_gates(model, settings)
-    add_channel_gates(model, settings)
+    if settings.channel_mode != "none":
+        add_channel_gates(model, settings)
 
 
 LEARNING = (add_layer_gates, add_soft_gates, add_all_gates)  # layer gates that are then trained

@@ -1,0 +1,282 @@
+"""Units that are shut for good: nobody runs them, budgets need not allow for them, training leaves them out."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from nets import (
+    FEW,
+    LAYER_KINDS,
+    assert_near,
+    assert_same_decisions,
+    decide,
+    dynamic,
+    images,
+    masked,
+    mixed,
+    run,
+    stock,
+    undecided,
+    units_of,
+)
+from torch import nn
+
+import timm_dynamic as td
+from timm_dynamic import families
+from timm_dynamic.tasks import DynamicTask, FollowTask
+
+SIZE = (3, 40, 40)
+
+
+def gated(model: nn.Module) -> list[str]:
+    """Names of the gated units."""
+    return [unit.name for unit in families.units(model)[1:]]
+
+
+def some(model: nn.Module) -> list[int]:
+    """Places of two gated units, the first and the last."""
+    return [0, units_of(model) - 1]
+
+
+def shut(model: nn.Module) -> list[str]:
+    """Shut two units; their names."""
+    names = [gated(model)[place] for place in some(model)]
+    assert td.shut_units(model, names) is model
+    return names
+
+
+# What is run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("layer", LAYER_KINDS)
+def test_shut_units_are_those_that_nobody_keeps(kind: str, layer: str) -> None:
+    model, x = undecided(kind, layer=layer), images(6)
+    before = decide(model, x)
+    forced = torch.ones(6, units_of(model), dtype=torch.bool)
+    forced[:, some(model)] = False
+    with td.force(model, layer_keep=forced):
+        wanted = decide(model, x)
+    shut(model)
+    with td.force(model, layer_keep=1.0):
+        found = decide(model, x)
+        with masked(model):
+            assert_same_decisions(decide(model, x), found)
+    assert torch.equal(found.layer_keep, wanted.layer_keep)
+    assert_near(found.logits, wanted.logits)
+    own = decide(model, x)
+    assert not own.layer_keep[:, some(model)].any()
+    logits, macs = run(model, x)
+    assert macs == own.macs.sum()
+    assert_near(logits, own.logits)
+    td.shut_units(model, [])
+    assert_same_decisions(decide(model, x), before)
+
+
+def test_a_feed_forward_gate_of_a_shut_unit_is_not_run() -> None:
+    model = undecided("basic", ("layer",), layer="ff2")
+    before = td.cost_table(model, SIZE).units
+    shut(model)
+    after = td.cost_table(model, SIZE).units
+    for place, (old, new) in enumerate(zip(before, after, strict=True)):
+        expected = 0 if place - 1 in some(model) else old.layer_gate
+        assert new.layer_gate == expected
+    assert td.cost_table(model, SIZE).dense == td.cost_table(stock("basic"), SIZE).dense
+
+
+def test_thresholds_do_not_open_them() -> None:
+    model = undecided("basic", ("layer",))
+    shut(model)
+    model.layer_gates.threshold.zero_()
+    keep = decide(model, images(4)).layer_keep
+    assert keep.sum(0).tolist() == [0 if place in some(model) else 4 for place in range(units_of(model))]
+
+
+def test_calibration_does_not_open_them() -> None:
+    model = undecided("basic", ("layer", "exits"))
+    shut(model)
+    loader = [(images(64, 32), torch.randint(10, (64,)))]
+    td.calibrate(model, loader, decide(model, images(64, 32)).macs.double().mean().item() / _dense(model, 32))
+    assert not decide(model, images(8)).layer_keep[:, some(model)].any()
+
+
+def _dense(model: nn.Module, size: int) -> int:
+    return int(td.cost_table(model, (3, size, size)).dense)
+
+
+def test_optimised_copies() -> None:
+    model, x = undecided("basic"), images(4)
+    fast = td.optimize_for_inference(model)
+    shut(model)
+    assert_same_decisions(decide(td.optimize_for_inference(model), x), decide(model, x))
+    td.shut_units(fast, model.layer_gates.config.shut)
+    assert_same_decisions(decide(fast, x), decide(model, x))
+    least = td.cost_table(model, SIZE).exits[0].dearest
+    td.set_budget(fast, macs=least, input_size=SIZE)
+    assert decide(fast, x).macs.max() <= least
+
+
+@pytest.mark.parametrize("layer", ["rnn", "ff2"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_exported_networks(layer: str, batch: bool, tmp_path: Path) -> None:
+    model, x = undecided("basic", ("layer", "exits"), layer=layer), images(4, 32)
+    shut(model)
+    td.export_onnx(model, tmp_path / "model.onnx", (3, 32, 32), dynamic_batch=batch)
+    logits, _, macs = td.onnx_runner(tmp_path / "model.onnx", threads=1)(x.numpy())
+    wanted = decide(model, x)
+    assert_near(torch.from_numpy(logits), wanted.logits)
+    assert macs.tolist() == wanted.macs.tolist()
+
+
+# Budgets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_budgets_need_not_allow_for_them(kind: str) -> None:
+    model, x = undecided(kind), images(8)
+    open_table = td.cost_table(model, SIZE)
+    shut(model)
+    table = td.cost_table(model, SIZE)
+    saved = sum(open_table.units[place + 1].dearest - table.units[place + 1].cheapest for place in some(model))
+    assert table.exits[-1].dearest == open_table.exits[-1].dearest - saved
+    assert table.exits[0].dearest < open_table.exits[0].dearest
+    assert table.dense == open_table.dense
+    for macs in (table.exits[0].dearest, (table.exits[0].dearest + table.exits[-1].dearest) // 2):
+        td.set_budget(model, macs=macs, input_size=SIZE)
+        found = decide(model, x)
+        assert found.macs.max() <= macs
+    td.set_budget(model, macs=table.exits[-1].dearest, input_size=SIZE)
+    assert (decide(model, x).exit_index == len(table.exits) - 1).all(), "the whole way fits"
+
+
+def test_opening_what_a_budget_does_not_allow_for() -> None:
+    model = undecided("basic")
+    names = shut(model)
+    table = td.cost_table(model, SIZE)
+    td.set_budget(model, macs=table.exits[0].dearest, input_size=SIZE)
+    with pytest.raises(ValueError, match="too small"):
+        td.shut_units(model, [])
+    assert model.layer_gates.config.shut == tuple(names)
+    assert td.cost_table(model, SIZE).exits == table.exits
+    assert decide(model, images(4)).macs.max() <= table.exits[0].dearest
+
+
+def test_budgets_of_another_unit_follow() -> None:
+    model = undecided("basic")
+    table = td.cost_table(model, SIZE, "energy_mj")
+    td.set_budget(model, energy_mj=table.exits[-1].dearest, table=table, input_size=SIZE)
+    shut(model)
+    least = td.cost_table(model, SIZE, "energy_mj").exits[0].dearest
+    assert model.dynamic.limit.exits[0].dearest == pytest.approx(least)
+    assert least < table.exits[0].dearest
+    td.set_budget(model, energy_mj=1.001 * least, table=table, input_size=SIZE)  # a table from before
+    td.set_budget(model)
+    td.shut_units(model, [])
+    with pytest.raises(ValueError, match="too small"):
+        td.set_budget(model, energy_mj=1.001 * least, input_size=SIZE)
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["rnn", "ff1"])
+def test_training_leaves_them_out(layer: str) -> None:
+    model, x, y = dynamic("basic", layer=layer).train(), images(4), torch.arange(4)
+    names = shut(model)
+    ran: list[str] = []
+    for name in gated(model):
+        model.get_submodule(name).conv1.register_forward_hook(lambda *_, name=name: ran.append(name))
+    task = DynamicTask(model, _dense(model, 40), 10, target=0.5)
+    task(x, y)["loss"].backward()
+    assert set(ran) == set(gated(model)) - set(names)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values()), "other processes meet every parameter"
+    for name in gated(model):
+        moved = any(bool(grad.any()) for key, grad in grads.items() if key.startswith(f"{name}.conv"))
+        assert moved == (name not in names)
+
+
+def test_gates_that_follow_a_policy_with_shut_units() -> None:
+    model = undecided("basic", ("layer",), layer="ff2").train()
+    shut(model)
+    policy = "".join("0" if place in some(model) else "1" for place in range(units_of(model)))
+    found = FollowTask(model, policy)(images(4), torch.arange(4))
+    found["loss"].backward()
+    assert all(p.grad is not None for p in model.layer_gates.parameters())
+
+
+# Finding them --------------------------------------------------------------------------------------------------------
+
+
+def test_idle_units() -> None:
+    model, x = undecided("basic").train(), images(20)
+    keep = copy.deepcopy(model).eval()
+    share = decide(keep, x).layer_keep.double().mean(0).tolist()
+    assert 0 < min(share) < max(share)
+    before = copy.deepcopy(model.state_dict())
+    for limit in (0.0, min(share), sorted(share)[len(share) // 2], 1.0):
+        wanted = tuple(name for name, one in zip(gated(model), share, strict=True) if one <= limit)
+        assert td.idle_units(model, x.split(7), limit) == wanted
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    names = shut(model)
+    assert set(names) <= set(td.idle_units(model, [x]))
+
+
+def test_idle_units_are_those_of_the_whole_way() -> None:
+    model, x = undecided("basic"), images(8)
+    wanted = td.idle_units(model, [x], 0.5)
+    td.set_budget(model, exit=0)
+    assert td.idle_units(model, [x], 0.5) == wanted
+    with td.force(model, layer_keep=1.0):
+        assert td.idle_units(model, [x], 0.5) == wanted
+
+
+# Saving, and what makes no sense -------------------------------------------------------------------------------------
+
+
+def test_saved_and_made_by_name(tmp_path: Path) -> None:
+    model = timm.create_model("ddi_resnet20_cifar")
+    td.shut_units(model, ["layer3.1", "layer1.1"])
+    assert model.layer_gates.config.shut == ("layer1.1", "layer3.1")
+    td.save_pretrained(model, tmp_path)
+    assert "units that no image runs: `layer1.1`, `layer3.1`" in (tmp_path / "README.md").read_text()
+    found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert found.layer_gates.config == model.layer_gates.config
+    assert found.layer_gates.shut == model.layer_gates.shut == {0, 6}
+    other = timm.create_model("ddi_resnet20_cifar", layer_gates={"kind": "ff1", "shut": ["layer1.2"]})
+    assert other.layer_gates.shut == {1}
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "message"),
+    [
+        (lambda: dynamic("basic"), ["layer1.1", "layer9.9"], "only gated units can be shut: layer1.1, .*found 'layer9"),
+        (lambda: dynamic("basic"), ["layer1.0"], "found 'layer1.0'"),
+        (lambda: dynamic("basic", ("channel",)), ["layer1.1"], "only layer gates shut units"),
+        (lambda: stock("basic"), ["layer1.1"], "a dynamic model is needed"),
+    ],
+)
+def test_what_cannot_be_shut(make: Any, names: list[str], message: str) -> None:
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        td.shut_units(model, names)
+    assert getattr(getattr(model, "layer_gates", None), "shut", frozenset()) == frozenset()
+
+
+def test_bad_arguments() -> None:
+    model = dynamic("basic")
+    with pytest.raises(ValueError, match="needs images; found none"):
+        td.idle_units(model, [])
+    with pytest.raises(ValueError, match="share must be a number in"):
+        td.idle_units(model, [images(2)], 1.5)
+    with pytest.raises(ValueError, match="found 'layer7'"):
+        td.add_layer_gates(stock("basic"), {"shut": ["layer7"]})
+    with pytest.raises(ValueError, match="shut must be a tuple of names"):
+        td.LayerGateConfig(shut="layer1.1")  # type: ignore[arg-type]
+    forced = mixed(td.shut_units(model, ["layer1.1"]), 2)
+    with td.force(model, **forced):
+        assert not decide(model, images(2)).layer_keep[:, 0].any()
