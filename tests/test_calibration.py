@@ -49,6 +49,17 @@ def test_meets_the_target_on_other_images(fraction: float) -> None:
     assert _share(model, _images(256, 1)) == pytest.approx(fraction, abs=0.02)
 
 
+def test_moving_exits_leaves_gates_where_they_are() -> None:
+    model, images = _model(), _images(64, 0)
+    model.layer_gates.threshold.fill_(0.3)
+    model.channel_gates.threshold.fill_(0.4)
+    found = td.calibrate(model, images, 0.4, use="exits")
+    assert model.layer_gates.threshold.eq(0.3).all()
+    assert model.channel_gates.threshold.eq(0.4).all()
+    assert found.threshold == pytest.approx(0.3)
+    assert found.fraction == pytest.approx(_share(model, images), abs=1e-9)
+
+
 def test_both_is_at_least_as_accurate_as_either_alone() -> None:
     accuracy = {}
     for use in ("both", "gates", "exits"):

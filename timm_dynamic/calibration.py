@@ -25,7 +25,7 @@ class Calibration:
     """What `calibrate` set, and what it gave on the images it was given.
 
     Attributes:
-        threshold: the probability from which on gates keep.
+        threshold: the probability from which on gates keep; where they were not moved, that of the first one.
         confidence: how sure an image that leaves at an exit is at least; above 1 if none leaves early.
         fraction: mean MACs as a share of the stock model's.
         accuracy: 0..1.
@@ -201,6 +201,8 @@ class _Search:
             raise ValueError(f"calibrate needs at least {FEWEST} images; found {count}")
         self.dense = table_for(model, tuple(self.images[0][0].shape[1:])).dense
         self.tolerance = 0.005
+        own = [getattr(model, part).threshold for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
+        self.own = own[0][0].item() if own else 0.5
         self.tried: dict[float, list[Calibration]] = {}  # by threshold: without exits, then at each confidence
 
     def over(self, target: float) -> Calibration:
@@ -209,7 +211,7 @@ class _Search:
         Each threshold is tried; between two whose cost without exits lies on either side of the target, halve.
         """
         positive("fraction", target)
-        levels = list(LEVELS) if self.move_gates else [0.5]
+        levels = list(LEVELS) if self.move_gates else [self.own]
         shares = [self._try(level)[0].fraction for level in levels]  # without exits
         steps = list(zip(itertools.pairwise(levels), itertools.pairwise(shares), strict=True))
         for (low, high), (dear, cheap) in steps:
@@ -230,7 +232,8 @@ class _Search:
     def _try(self, level: float) -> list[Calibration]:
         """What gates at `level` give, without exits and with images that leave at each confidence."""
         if level not in self.tried:
-            _set(self.model, level, None)
+            if self.move_gates:
+                _set(self.model, level, None)
             run = _run(self.model, self.images)
             plain, accuracy = run.early.mean().item() / self.dense, run.right[:, -1].double().mean().item()
             found = [Calibration(level, NEVER, plain, accuracy)]
