@@ -247,6 +247,8 @@ def test_saved_and_made_by_name(tmp_path: Path) -> None:
     found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert found.layer_gates.config == model.layer_gates.config
     assert found.layer_gates.shut == model.layer_gates.shut == {0, 6}
+    opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, layer_gates="rnn")
+    assert opened.layer_gates.shut == frozenset()
     other = timm.create_model("ddi_resnet20_cifar", layer_gates={"kind": "ff1", "shut": ["layer1.2"]})
     assert other.layer_gates.shut == {1}
 
