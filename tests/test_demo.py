@@ -90,6 +90,16 @@ def test_the_slider_starts_at_the_smallest_budget_that_is_possible(compare: Comp
         td.set_budget(model, fraction=(knob.low - 1) / 100)
 
 
+def test_the_slider_ends_where_nothing_is_left_to_run() -> None:
+    model = timm.create_model("ddi_resnet20_cifar", num_classes=10).eval()
+    td.shut_units(model, ["layer1.1", "layer2.1", "layer3.1", "layer3.2"])
+    table = td.cost_table(model, (3, 32, 32))
+    knob = demo_compare.knob_of(model, table)
+    assert (knob.high - 1) * table.dense / 100 < table.exits[-1].dearest <= knob.high * table.dense / 100 < table.dense
+    td.set_budget(model, fraction=knob.high / 100)
+    assert td.decide(model, torch.randn(2, 3, 32, 32)).exit_index.tolist() == [2, 2]
+
+
 @pytest.mark.parametrize("parts", [("layer",), ("channel",), ("layer", "channel")])
 def test_without_exits_the_slider_moves_the_gates(parts: tuple[str, ...], picture: Image.Image) -> None:
     found = Comparison(network(parts))

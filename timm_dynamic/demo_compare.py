@@ -26,7 +26,7 @@ from .safety import CONFIG, WEIGHTS
 from .surgery import strip
 from .walk import dynamic_of, table_for
 
-DEFAULT = "ddi_resnet38_cifar.cifar10_ddi"  # the network that is shown if none is named
+DEFAULT = "ddi_resnet38_cifar.cifar10_anytime"  # the network that is shown if none is named
 SAME_WEIGHTS = "the same weights with every unit run: no gates, no exits"
 STOCK = "the stock network that it was made from, trained without gates"
 RUNS = 5  # of each network, of which the median is taken
@@ -132,7 +132,8 @@ def knob_of(model: Any, table: CostTable) -> Knob:
     """A hard budget where there are exits to leave at; else only the gates' threshold can be moved."""
     if hasattr(model, "exits"):
         low = math.ceil(100 * table.exits[0].dearest / table.dense)
-        high = max(100, low + 1)
+        most = math.ceil(100 * table.exits[-1].dearest / table.dense)  # less where units are shut for good
+        high = max(min(100, most), low + 1)
         return Knob("budget", low, high, 1, max(low, 5 * round((low + high) / 10)))
     parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
     levels = {round(value, 6) for part in parts for value in part.threshold.flatten().tolist()}
