@@ -231,10 +231,10 @@ def test_the_budget_in_the_card_can_be_set(tmp_path: Path) -> None:
 
 
 def test_the_card_says_how_sure_an_image_is_that_leaves() -> None:
-    model = MODELS["ddi"][0]()
-    assert "an image leaves at the first exit" not in card.model_card(model, "a", "resnet20_cifar", "local-dir:a")
-    model.exits.set_confidence([0.9, 2.0])
-    assert "so sure: 0.9, never" in card.model_card(model, "a", "resnet20_cifar", "local-dir:a")
+    model, row = MODELS["ddi"][0](), {"accuracy": 0.5, "macs": 1, "policies": None}
+    for metrics, said in (({"dynamic": row}, False), ({"dynamic": {**row, "confidence": [0.9, 2.0]}}, True)):
+        text = card.model_card(model, "a", "resnet20_cifar", "local-dir:a", metrics)
+        assert ("images leave at the first exit where they are sure enough: 0.9, never" in text) == said
 
 
 def test_a_card_that_was_taken_over_is_kept(tmp_path: Path) -> None:

@@ -108,6 +108,9 @@ def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"from image to image the MACs vary by {found['macs_share_std']:.1%} of the base's (standard deviation)"
     if found.get("channel_keep_ratio") is not None:
         yield f"{found['channel_keep_ratio']:.1%} of the channel groups are computed"
+    if found.get("confidence"):
+        sure = ", ".join("never" if level > 1 else f"{level:.4g}" for level in found["confidence"])
+        yield f"images leave at the first exit where they are sure enough: {sure}"
     if metrics.get("adaptive_gain") is not None:
         static = metrics.get("static") or {}
         beside = f" ({static['accuracy']:.2%} at {_macs(static['macs'])})" if static else ""
@@ -287,9 +290,6 @@ def _described(model: Any, base: str) -> dict[str, Any]:
         parts.append(f"channel gates, {channel.config.mode}: each image decides which hidden channels are computed")
     if exits is not None:
         parts.append(f"early exits ({len(exits)}): images may leave before the head, by budget or confidence")
-        if exits.calibrated:
-            sure = ", ".join("never" if level > 1 else f"{level:.4g}" for level in exits.levels)
-            parts.append(f"without a budget an image leaves at the first exit where it is so sure: {sure}")
     if budget is not None:
         given = {key: value for key, value in budget.to_dict().items() if value is not None}
         parts.append("a budget that is set when it is loaded: " + ", ".join(f"{k} = {v}" for k, v in given.items()))

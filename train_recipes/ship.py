@@ -216,12 +216,13 @@ def _dynamic_rows(model: Any, found: Row, order: Order) -> Row:
         dense = _few(_evaluate(order.run / "base", order))
     stops = costs_of(model, default_input_size(model)).exits
     exits, budgets = range(len(stops)) if len(stops) > 1 else (), []
+    sure = {"confidence": list(model.exits.levels)} if exits and model.exits.calibrated else {}
     low, high = stops[0].dearest, stops[-1].dearest
     for third in range(3) if exits else ():
         budgets.append(math.ceil(100 * (low + (high - low) * third / 3) / found["dense_macs"]) / 100)
     return {
         "dense": dense,
-        "dynamic": {**_few(found), **{key: found[key] for key in keys}},
+        "dynamic": {**_few(found), **{key: found[key] for key in keys}, **sure},
         "exits": [{"exit": k, **_few(_row(model, order, exit=k))} for k in exits],
         "budgets": [{"budget": share, **_few(_row(model, order, fraction=share))} for share in budgets],
     }
