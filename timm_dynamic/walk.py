@@ -310,12 +310,13 @@ class Walk:
 
     def _nobody_runs(self, g: int, keep: Tensor | None) -> bool:
         """Whether gated unit `g` need not be computed in training: no image runs it, and no gate learns from it."""
-        if keep is None or self.layer_gates is None or g in self.layer_gates.shut:
-            return keep is not None
+        if keep is None or self.layer_gates is None:
+            return False
+        idle = self.layer_gates.shut if self.forced is None else self.layer_gates.shut | self.forced.idle
+        if g in idle:
+            return True  # known beforehand: no value has to be read
         if self.forced is None or self.forced.layer_keep is None:
             return False
-        if g in self.forced.idle:
-            return True  # known beforehand: no value has to be read
         followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(keep) is not Tensor
         return not followed and not keep.requires_grad and keep.device.type == "cpu" and not bool(keep.any())
 
