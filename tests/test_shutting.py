@@ -25,7 +25,7 @@ from nets import (
 from torch import nn
 
 import timm_dynamic as td
-from timm_dynamic import families
+from timm_dynamic import families, units
 from timm_dynamic.tasks import DynamicTask, FollowTask
 
 SIZE = (3, 40, 40)
@@ -74,6 +74,15 @@ def test_shut_units_are_those_that_nobody_keeps(kind: str, layer: str) -> None:
     assert_near(logits, own.logits)
     td.shut_units(model, [])
     assert_same_decisions(decide(model, x), before)
+
+
+def test_nothing_is_asked_of_shut_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, reading who keeps a unit means waiting for it."""
+    model, asked = undecided("basic"), []
+    names, skipping = shut(model), units.run_skipping
+    monkeypatch.setattr(units, "run_skipping", lambda unit, *rest: asked.append(unit.name) or skipping(unit, *rest))
+    decide(model, images(4))
+    assert asked == [unit.name for unit in families.units(model) if unit.name not in names]
 
 
 def test_a_feed_forward_gate_of_a_shut_unit_is_not_run() -> None:

@@ -114,14 +114,17 @@ def level_of(probability: float) -> float:
 def ask_layer(net: Net, graph: Graph, g: int, x: Value, memory: Memory) -> tuple[str, Memory]:
     """Whether gated unit `g` runs: bool, one element for each image, and the next state of an RNN gate."""
     gates = net.layer_gates
-    level = math.inf if g in gates.shut else level_of(float(gates.threshold[g]))
+    shut = g in gates.shut
+    level = math.inf if shut else level_of(float(gates.threshold[g]))
     if isinstance(gates, FoldedRecurrentGates):
         return _recur(graph, gates, g, x, memory, level)
-    never = g in gates.shut
-    (logit,) = translate(
-        graph, (lambda x: x.sum((1, 2, 3), keepdim=True).flatten(1) * 0) if never else gates.gates[g], x
-    )
+    (logit,) = translate(graph, _one_number if shut else gates.gates[g], x)
     return graph.op("GreaterOrEqual", logit.name, graph.constant(level)), memory
+
+
+def _one_number(x: Tensor) -> Tensor:
+    """Something for each image, in the place of a gate that is not run. x: [B, C, H, W] -> [B, 1]."""
+    return x.sum((1, 2, 3), keepdim=True).flatten(1) * 0
 
 
 def _recur(

@@ -20,7 +20,7 @@ def shut_units(model: Any, names: Iterable[str]) -> Any:
 
     A hard budget allows for the dearest way to the next exit, which becomes cheaper by these units, and training does
     not compute them. It is part of the config (`LayerGateConfig.shut`) and saved with the weights. The units keep
-    their weights: `shut_units(model, [])` opens them again.
+    their weights, which weight decay shrinks where training goes on: `shut_units(model, [])` opens them again.
 
     Args:
         model: a dynamic model with layer gates.
@@ -45,7 +45,7 @@ def shut_units(model: Any, names: Iterable[str]) -> Any:
 
 
 def _shut(model: Any, names: Iterable[str]) -> None:
-    ordered = [unit.name for unit in families.units(model)[1:]]
+    ordered = gated_units(model)
     places = shut_places(names, ordered)
     shut = tuple(ordered[place] for place in sorted(places))
     for one in (model, model.dynamic.origin):  # of an optimised copy, what it was made from counts the costs
@@ -82,8 +82,12 @@ def idle_units(model: Any, images: Iterable[Tensor], share: float = 0.0) -> tupl
             count += len(x)
     if not count:
         raise ValueError("idle_units needs images; found none")
-    names = [unit.name for unit in families.units(model)[1:]]
-    return tuple(name for name, found in zip(names, runs.tolist(), strict=True) if found <= share * count)
+    return tuple(name for name, found in zip(gated_units(model), runs.tolist(), strict=True) if found <= share * count)
+
+
+def gated_units(model: Any) -> list[str]:
+    """Names of the units that a layer gate can stand before, in running order: all but the first."""
+    return [unit.name for unit in families.units(model)[1:]]
 
 
 def _layer_gates(model: Any) -> Any:

@@ -310,15 +310,17 @@ class Walk:
 
     def _nobody_runs(self, g: int, keep: Tensor | None) -> bool:
         """Whether gated unit `g` need not be computed in training: no image runs it, and no gate learns from it."""
-        if keep is None or self.layer_gates is None:
-            return False
-        idle = self.layer_gates.shut if self.forced is None else self.layer_gates.shut | self.forced.idle
-        if g in idle:
-            return True  # known beforehand: no value has to be read
-        if self.forced is None or self.forced.layer_keep is None:
+        if self._known_idle(g):
+            return True
+        if self.forced is None or self.forced.layer_keep is None or keep is None:
             return False
         followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(keep) is not Tensor
         return not followed and not keep.requires_grad and keep.device.type == "cpu" and not bool(keep.any())
+
+    def _known_idle(self, g: int) -> bool:
+        """Whether no image ever runs gated unit `g`, which is known without waiting for a value."""
+        shut = self.layer_gates is not None and g in self.layer_gates.shut
+        return shut or (self.forced is not None and g in self.forced.idle)
 
     def _run_skipping(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
         g = i - 1
@@ -336,7 +338,10 @@ class Walk:
 
         sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
         reuse = not (self.shared or self.x.requires_grad or self.model.dynamic.drawing)  # a gate may need x again
-        y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)
+        if self._known_idle(g):
+            y = units.rest(unit, units.shortcut(unit, self.x))
+        else:
+            y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)
         if sizes is not None and chosen is None:  # no image ran
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
         if self.accounts:

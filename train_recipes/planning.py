@@ -16,8 +16,8 @@ import timm_dynamic as td
 from options import Settings
 from run_folder import SETTINGS, RunError
 from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
-from timm_dynamic import families
 from timm_dynamic.hindsight import HindsightTask, without_last
+from timm_dynamic.shutting import gated_units
 from timm_dynamic.tasks import FollowTask
 
 Surgery = Callable[[nn.Module, Settings], Any]
@@ -96,8 +96,8 @@ def _from_trunk(surgery: Surgery) -> Surgery:
         surgery(model, settings)
         if settings.shut is not None and surgery is not fix_policy:
             layers, _ = start_policy(settings)
-            gated = [unit.name for unit in families.units(model)[1:]]
-            td.shut_units(model, [name for name, digit in zip(gated, layers, strict=False) if digit == "0"])
+            digits = zip(gated_units(model), layers, strict=False)  # a policy that does not fit is refused by `follow`
+            td.shut_units(model, [name for name, digit in digits if digit == "0"])
 
     return both
 
