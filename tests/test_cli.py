@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -349,6 +350,27 @@ def test_evaluate_as_a_table(saved: Path, data: Path) -> None:
         assert text in out
     plain = Ran("evaluate", "resnet20_cifar", "--no-pretrained", "--data", data)
     assert "has 3 classes; the model knows 10" in plain.err
+
+
+def test_evaluate_against_another_network(saved: Path, data: Path, tmp_path: Path) -> None:
+    """Of the difference the standard error too, image by image; the other network keeps no budget that is asked for."""
+    torch.manual_seed(4)
+    save_pretrained(timm.create_model("resnet20_cifar", num_classes=3), tmp_path / "other")
+    name, other = f"local-dir:{saved}", f"local-dir:{tmp_path / 'other'}"
+    args = ("--data", data, "--against", other, "--exit", 0)
+    found = Ran("evaluate", name, *args, "--json").json
+    alone = Ran("evaluate", other, "--data", data, "--json").json
+    beside = found["against"]
+    assert (beside["name"], beside["accuracy"], beside["macs"]) == (other, alone["accuracy"], alone["macs"])
+    assert beside["macs_share"] == alone["macs"] / found["dense_macs"] == 1.0
+    assert beside["difference"] == pytest.approx(found["accuracy"] - alone["accuracy"])
+    only = beside["recognised_by_the_first_only"], beside["recognised_by_the_second_only"]
+    assert beside["difference"] == pytest.approx(only[0] - only[1])
+    assert beside["standard_error"] == pytest.approx(math.sqrt((sum(only) - beside["difference"] ** 2) / (9 - 1)))
+    assert beside["standard_error"] > 0, "the networks must differ"
+    table = Ran("evaluate", name, *args).out
+    assert f"{100 * beside['difference']:+.2f} points (standard error {100 * beside['standard_error']:.2f})" in table
+    refused("no folder", "evaluate", name, "--data", data, "--against", f"local-dir:{tmp_path / 'none'}")
 
 
 def test_evaluate_refuses_in_one_line(saved: Path, data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import timm_dynamic as td
 from timm_dynamic import surgery
-from timm_dynamic.evaluation import Evaluation, evaluate, latency, static_policy
+from timm_dynamic.evaluation import Evaluation, collect, compare, evaluate, in_points, latency, static_policy
 
 SIZE = (3, 32, 32)
 IMAGES = 40
@@ -125,6 +125,47 @@ def test_to_dict_is_json(model: nn.Module) -> None:
     found = evaluate(model, loader(16))
     again = json.loads(json.dumps(found.to_dict()))
     assert Evaluation(**{**again, "exit_shares": tuple(again["exit_shares"])}) == found
+
+
+def test_two_networks_image_by_image() -> None:
+    first = torch.tensor([1, 1, 1, 0, 0, 1, 1, 1], dtype=torch.bool)
+    second = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
+    found = compare(first, second)
+    more = [0, 1, 0, -1, 0, 1, 0, 1]
+    mean = sum(more) / 8
+    spread = sum((one - mean) ** 2 for one in more) / 7
+    assert found.accuracy == pytest.approx(mean)
+    assert found.error == pytest.approx(math.sqrt(spread / 8))
+    assert (found.first_only, found.second_only) == (3 / 8, 1 / 8)
+    assert compare(second, first).accuracy == -found.accuracy
+    assert compare(first, first).error == 0.0
+    assert in_points(found.accuracy, 0.00351) == "+25.00 points (standard error 0.35)"
+    assert in_points(-0.0342) == "-3.42 points"
+
+
+def test_the_error_is_how_far_draws_stray() -> None:
+    """Against many draws of images from a population in which two networks differ."""
+    generator = torch.Generator().manual_seed(3)
+    both = torch.rand(400, 600, generator=generator) < 0.7
+    first = both | (torch.rand(400, 600, generator=generator) < 0.3)
+    second = both | (torch.rand(400, 600, generator=generator) < 0.2)
+    found = [compare(*pair) for pair in zip(first, second, strict=True)]
+    strays = torch.tensor([one.accuracy for one in found]).std().item()
+    assert sum(one.error for one in found) / len(found) == pytest.approx(strays, rel=0.1)
+
+
+def test_only_the_same_images_are_compared() -> None:
+    with pytest.raises(ValueError, match="the same two or more images are needed; found 3 and 2"):
+        compare(torch.ones(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="found 1 and 1"):
+        compare(torch.ones(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool))
+
+
+def test_what_is_collected_is_summed_up(model: nn.Module) -> None:
+    rows, table = collect(model, loader(16))
+    assert rows["correct"].dtype == torch.bool
+    assert rows["correct"].double().mean().item() == evaluate(model, loader(16)).accuracy
+    assert table.dense == td.cost_table(model, SIZE).dense
 
 
 def test_an_empty_loader(model: nn.Module) -> None:

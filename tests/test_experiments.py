@@ -141,6 +141,7 @@ def test_the_gain_over_the_best_static_policy(tmp_path: Path) -> None:
     summary = yaml.safe_load((output / "summary.json").read_text())
     static = yaml.safe_load((output / "static" / "summary.json").read_text())
     assert summary["adaptive_gain"] == summary["dynamic"]["accuracy"] - static["dynamic"]["accuracy"]
+    assert 0 < summary["adaptive_gain_error"] < 0.05, "of some hundred images"
     kept = yaml.safe_load((output / "static" / "settings.json").read_text())
     alone = kept["stages"][0]
     assert alone["iterations"] == 6, "as long as the two stages that it is compared with"
@@ -148,7 +149,8 @@ def test_the_gain_over_the_best_static_policy(tmp_path: Path) -> None:
     assert kept["policy"] == summary["static"]["policy"]
     assert kept["distill"] == 1.0
     page = write_report(output).read_text()
-    assert f"{100 * summary['adaptive_gain']:+.2f} points" in page
+    error = f"(standard error {100 * summary['adaptive_gain_error']:.2f})"
+    assert f"{100 * summary['adaptive_gain']:+.2f} points {error}" in page
     assert summary["static"]["policy"] in page
 
 

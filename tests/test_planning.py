@@ -153,6 +153,7 @@ def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: p
         assert call(skipnet, *few, *options) == 1
         assert message in capsys.readouterr().err
         assert (tmp_path / "run").exists() == begun
+        assert not list(tmp_path.glob("run/checkpoints/*")), "nothing may have been trained"
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 

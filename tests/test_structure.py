@@ -24,9 +24,10 @@ ORDER = [
     *("benchmark_train", "benchmark_budget"),
     *("analyses", "exchange", "feature_change", "trade_off", "claims", "claim_numbers", "paper_claims"),
     *("sections_cost", "sections_images", "analysis_report"),
-    *("registry", "", "cli.errors", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables"),
+    *("registry", "", "cli.errors", "cli.options", "cli.images", "cli.models", "cli.rows", "cli.runs", "cli.tables"),
     *("demo_samples", "demo_compare", "demo_page", "demo"),
-    *("cli.export", "cli.benchmark", "cli.analyses", "cli.report", "cli.demo", "cli.app", "cli"),
+    *("cli.export", "cli.benchmark", "cli.analyses", "cli.report", "cli.demo", "cli.evaluate"),
+    *("cli.app", "cli"),
 ]
 HEAVY = ("accelerate", "sklearn", "scipy", "matplotlib", "onnx", "onnxruntime", "gradio", "typer", "rich", "pandas")
 HEAVY += ("yaml",)
@@ -79,7 +80,7 @@ def test_imports_go_one_way(name: str) -> None:
 def test_the_check_above_sees_imports() -> None:
     assert {"costs", "families", "units", "configs", "gates"} <= own_imports("walk")
     assert {"registry", "forward"} <= own_imports("")
-    assert "configs" in own_imports("cli.app")
+    assert "configs" in own_imports("cli.options")
     assert "cli.errors" in own_imports("cli.app")
 
 

@@ -1,6 +1,7 @@
 """One network at many costs, and networks side by side."""
 
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ def test_points_are_what_evaluating_gives(network: Network) -> None:
     wanted = evaluate(limited, images(24))
     td.set_budget(network.model)
     assert (points[1].accuracy, points[1].macs, points[1].max_macs) == (wanted.accuracy, wanted.macs, wanted.max_macs)
+
+
+def test_the_head_is_an_exit_where_images_leave_before_it(network: Network) -> None:
+    early = deepcopy(network.model)
+    early.exits.set_confidence([network.observed.rows["sure"][:, 0].median().item(), 2.0])
+    seen = observe(early, images(24), *PLAIN)
+    assert 0 < (seen.rows["exit"] == 0).sum() < 24, "some must leave, and some stay"
+    points = exit_points(Network("early", early, seen))
+    assert [one.what for one in points] == ["exit 0", "exit 1", "head"]
+    whole = evaluate(network.model, images(24))
+    assert (points[2].accuracy, points[2].max_macs) == (whole.accuracy, whole.max_macs)
+    assert points[2].macs == pytest.approx(whole.macs)
 
 
 def test_what_a_run_was_told_is_shown(network: Network) -> None:

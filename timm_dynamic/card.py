@@ -10,6 +10,7 @@ from torch import nn
 
 from .budgets import default_input_size
 from .costs import CostTable
+from .evaluation import in_points
 from .measure import cost_table
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -23,7 +24,8 @@ DATASETS = {  # first word of a tag or the `dataset` of the metrics -> name, id 
 }
 COLUMNS = ("accuracy", "macs", "max_macs")
 # what has a place of its own on a card, beside `dense`, `dynamic`, `exits` and `budgets`
-NOT_NUMBERS = ("dataset", "split", "images", "training", "command", "seed", "adaptive_gain", "license", "base_model")
+NOT_NUMBERS = ("dataset", "split", "images", "training", "command", "seed", "license", "base_model")
+NOT_NUMBERS += ("adaptive_gain", "adaptive_gain_error")
 
 
 def model_card(
@@ -115,8 +117,8 @@ def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
         static = metrics.get("static") or {}
         beside = f" ({static['accuracy']:.2%} at {_macs(static['macs'])})" if static else ""
         yield (
-            f"adaptive gain: {100 * metrics['adaptive_gain']:+.2f} points over the best static policy that was trained "
-            f"for as long{beside}"
+            f"adaptive gain: {in_points(metrics['adaptive_gain'], metrics.get('adaptive_gain_error'))} over the best "
+            f"static policy that was trained for as long{beside}"
         )
 
 

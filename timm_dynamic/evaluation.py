@@ -84,6 +84,19 @@ def evaluate(
     Raises:
         ValueError: if the loader holds no images.
     """
+    return summarise(*collect(model, loader, device, gather))
+
+
+def collect(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str | None = None,
+    gather: Callable[[Rows], Rows] | None = None,
+) -> tuple[Rows, CostTable]:
+    """What happened to each image of a loader, as `rows_of` tells it, and the network's costs.
+
+    Arguments and errors are those of `evaluate`.
+    """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -100,7 +113,7 @@ def evaluate(
         model.train(was_training)
     if table is None:
         raise ValueError("the loader holds no images to evaluate on")
-    return summarise({key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table)
+    return {key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table
 
 
 def held_out_places(images: int, count: int) -> list[int]:
@@ -194,6 +207,41 @@ def summarise(rows: Rows, table: CostTable) -> Evaluation:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Two networks on the same images, compared image by image.
+
+    Attributes:
+        accuracy: that of the first less that of the second, -1..1.
+        error: standard error of `accuracy`: by how much it would stray from one draw of so many images to the next.
+        first_only: share of the images that the first recognises and the second does not.
+        second_only: the other way round.
+    """
+
+    accuracy: float
+    error: float
+    first_only: float
+    second_only: float
+
+
+def compare(first: Tensor, second: Tensor) -> Difference:
+    """Compare two networks by whether they recognised each of the same images, `correct` of `rows_of`: bool [N] each.
+
+    Raises:
+        ValueError: if they are not of the same length, or of fewer than two images.
+    """
+    if first.shape != second.shape or len(first) < 2:
+        raise ValueError(f"the same two or more images are needed; found {len(first)} and {len(second)}")
+    more = first.double() - second.double()
+    error = more.std(correction=1).item() / len(more) ** 0.5
+    return Difference(more.mean().item(), error, (more > 0).double().mean().item(), (more < 0).double().mean().item())
+
+
+def in_points(difference: float, error: float | None = None) -> str:
+    """A difference of accuracies to show, with its standard error where known: +0.90 points (standard error 0.35)."""
+    return f"{100 * difference:+.2f} points" + ("" if error is None else f" (standard error {100 * error:.2f})")
+
+
+@dataclass(frozen=True)
 class Policy:
     """One pattern of decisions for all images.
 
@@ -230,23 +278,9 @@ def static_policy(
     Raises:
         ValueError: if the network has no gates, or the loader no images.
     """
-    device = torch.device(device) if device is not None else next(model.parameters()).device
     if not hasattr(model, "layer_gates") and not hasattr(model, "channel_gates"):
         raise ValueError("a static policy is made from a network with gates; found none")
-    was_training = model.training
-    model.eval()
-    found: list[Rows] = []
-    try:
-        with torch.no_grad():
-            for x, y in loader:
-                table = costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
-                rows = rows_of(model, x.to(device), y.to(device), table)
-                found.append({key: value.cpu() for key, value in rows.items()})
-    finally:
-        model.train(was_training)
-    if not found:
-        raise ValueError("the loader holds no images to evaluate on")
-    rows = {key: torch.cat([one[key] for one in found]) for key in found[0]}
+    rows, table = collect(model, loader, device)
     return _most_common(rows, table, rows["macs"].double().mean().item())
 
 

@@ -86,9 +86,17 @@ class HindsightTask(DynamicTask):
         self.free = (self.policies[0] != self.policies[1]).nonzero().flatten().tolist()
 
     def shares(self, x: Tensor) -> tuple[float, float]:
-        """What either policy costs, as a share of the dense cost, for images like ``x`` [B, C, H, W]."""
-        with torch.no_grad():
-            cheap, dear = (losses.cost_share(found.cost, self.dense_cost).item() for found in self._both(x))
+        """What either policy costs, as a share of the dense cost, for images like ``x`` [B, C, H, W].
+
+        No state changes, not even that of gates with batch norms.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                cheap, dear = (losses.cost_share(found.cost, self.dense_cost).item() for found in self._both(x))
+        finally:
+            self.train(training)
         return cheap, dear
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

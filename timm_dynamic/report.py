@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .evaluation import in_points
+
 INK, BLUE, ORANGE, GREEN, GREY = "#222222", "#1f6fb2", "#d1620a", "#2a8a4a", "#999999"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 46rem; margin: 0 auto; padding: 1rem; }
@@ -161,6 +163,7 @@ def _decision_section(summary: dict[str, Any]) -> list[str]:
     """How much the decisions depend on the image, and what that gains."""
     found, static = summary["decisions"], summary.get("static")
     channels = found["channel_keep_ratio"]
+    gain = in_points(summary.get("adaptive_gain", 0.0), summary.get("adaptive_gain_error"))
     body = [
         ("images", f"{found['images']:,}"),
         ("distinct policies (patterns of layers kept)", f"{found['policies']:,}"),
@@ -169,7 +172,7 @@ def _decision_section(summary: dict[str, Any]) -> list[str]:
         ("standard deviation of an image's share of the dense MACs", f"{found['macs_share_std']:.4f}"),
         ("layers kept", percent(found["keep_ratio"])),
         ("channel groups kept", "no channel gates" if channels is None else percent(channels)),
-        ("adaptive gain", f"{100 * summary['adaptive_gain']:+.2f} points" if static else "not measured: --gain"),
+        ("adaptive gain", gain if static else "not measured: --gain"),
         *((f"leave at exit {k}", percent(share)) for k, share in enumerate(found["exit_shares"])),
     ]
     if static:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .analyses import shown_p
 from .claim_numbers import channel_skips, layer_skips
+from .evaluation import in_points
 from .exchange import Exchange
 from .report import BLUE, GREEN, GREY, INK, ORANGE, figure_and_axes, millions, percent, svg, table, training_section
 from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
@@ -214,7 +215,7 @@ def decisions_section(network: Network, summary: dict[str, Any], exchanged: dict
     """How much depends on the image, and what that gains."""
     found = network.evaluation
     channels, static = found.channel_keep_ratio, summary.get("static")
-    gain = f"{100 * summary['adaptive_gain']:+.2f} points" if "adaptive_gain" in summary else "not measured (--gain)"
+    gain, error = summary.get("adaptive_gain"), summary.get("adaptive_gain_error")
     body = [
         ("images", f"{found.images:,}"),
         ("accuracy", percent(found.accuracy, 2)),
@@ -225,12 +226,12 @@ def decisions_section(network: Network, summary: dict[str, Any], exchanged: dict
         ("variance of keep between images, mean over units", f"{found.keep_variance:.4f}"),
         ("channel groups kept", "no channel gates" if channels is None else percent(channels)),
         *((f"leave at exit {k}", percent(share)) for k, share in enumerate(found.exit_shares) if found.exit_shares[1:]),
-        ("adaptive gain, as the run measured it", gain),
+        ("adaptive gain, as the run measured it", "not measured (--gain)" if gain is None else in_points(gain, error)),
     ]
     if static:
         shown = f"{percent(static['accuracy'], 2)} at {millions(static['macs'])}"
         body.append(("best static policy, trained for as long", shown))
-    numbers = {**found.to_dict(), "adaptive_gain": summary.get("adaptive_gain")}
+    numbers = {**found.to_dict(), "adaptive_gain": gain, "adaptive_gain_error": error}
     numbers["exchange"] = {name: dataclasses.asdict(one) for name, one in exchanged.items()}
     parts = [table(("measure", "value"), body)]
     if exchanged:

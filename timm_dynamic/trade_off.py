@@ -115,12 +115,18 @@ def _point(name: str, kind: str, what: str, found: Evaluation, target: float | N
 
 
 def exit_points(network: Network) -> list[Point]:
-    """Every image leaves at the same exit, for each exit before the head."""
+    """Every image leaves at the same exit, for each exit.
+
+    The head is one of them only if images of the network as it is do not all go there.
+    """
     rows, found = network.observed.rows, []
-    for k in range(rows["spent"].shape[1] - 1):
+    head = rows["spent"].shape[1] - 1
+    early = bool((rows["exit"] < head).any())
+    for k in range(head + early):
         spent, right = rows["spent"][:, k], rows["right"][:, k]
         accuracy, mean = right.double().mean().item(), spent.double().mean().item()
-        found.append(Point(network.name, "exit", f"exit {k}", accuracy, mean, int(spent.max())))
+        what = f"exit {k}" if k < head else "head"
+        found.append(Point(network.name, "exit", what, accuracy, mean, int(spent.max())))
     return found
 
 

@@ -97,7 +97,7 @@ def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], se
     static = replace(settings, **changes)
     _train(accelerator, planned((stage,), static), static)  # from where this run started
     if accelerator.is_main_process:
-        results.add_gain(root, policy)
+        results.add_gain(root, policy, data, settings, accelerator.device)
     accelerator.wait_for_everyone()
 
 

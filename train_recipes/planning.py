@@ -120,6 +120,8 @@ FIXED = _from_trunk(fix_policy)
 
 def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     """Gates learn to say what the policy says that training starts from."""
+    if outlook.settings.method == "hindsight":
+        hindsight_task(model, outlook)  # what it cannot be told is said before anything is trained
     try:
         return FollowTask(model, *start_policy(outlook.settings))
     except ValueError as error:
@@ -147,7 +149,7 @@ def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
         task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=settings.free, **more)
     except ValueError as error:
         raise RunError(f"--start {settings.start}: {error}") from error
-    cheap, dear = task.train().shares(torch.zeros(2, *outlook.input_size, device=next(model.parameters()).device))
+    cheap, dear = task.shares(torch.zeros(2, *outlook.input_size, device=next(model.parameters()).device))
     if task.target is not None and not cheap < task.target < dear and not settings.max_steps:  # a dry run goes on
         raise RunError(
             f"--target must lie between {cheap:.3f} and {dear:.3f}, the shares of the dense cost without and with the "

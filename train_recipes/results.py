@@ -24,7 +24,7 @@ from stages import add_exits
 from timm_dynamic.budgets import set_price
 from timm_dynamic.calibration import meet_cost
 from timm_dynamic.costs import CostTable
-from timm_dynamic.evaluation import Evaluation, Policy, costs_of, evaluate, latency
+from timm_dynamic.evaluation import Evaluation, Policy, collect, compare, costs_of, evaluate, in_points, latency
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
 
@@ -291,19 +291,28 @@ def _units(model: nn.Module, data: Data, found: Evaluation) -> list[dict[str, An
     ]
 
 
-def add_gain(root: Path, policy: Policy) -> None:
-    """Note in a run's summary and report what its decisions gain over the best static policy."""
+def add_gain(root: Path, policy: Policy, data: Data, settings: Settings, device: torch.device) -> None:
+    """Note in a run's summary and report what its decisions gain over the best static policy, trained in static/."""
     summary = json.loads((root / SUMMARY).read_text())
     static = json.loads((root / "static" / SUMMARY).read_text())["dynamic"]["accuracy"]
+    right = [_recognised(folder, data, settings, device) for folder in (root, root / "static")]
     summary["adaptive_gain"] = summary["dynamic"]["accuracy"] - static
+    summary["adaptive_gain_error"] = compare(*right).error
     summary["static"] = {"accuracy": static, "macs": policy.macs, "policy": str(policy), "share": policy.share}
     write_json(root / SUMMARY, summary)
     write_report(root)
     Console().print(
-        f"adaptive gain {100 * summary['adaptive_gain']:+.2f} points: static {100 * static:.2f} % at "
-        f"{policy.macs / 1e6:.2f} M MACs, dynamic {100 * summary['dynamic']['accuracy']:.2f} % at "
-        f"{summary['dynamic']['macs'] / 1e6:.2f} M"
+        f"adaptive gain {in_points(summary['adaptive_gain'], summary['adaptive_gain_error'])}: static "
+        f"{100 * static:.2f} % at {policy.macs / 1e6:.2f} M MACs, dynamic "
+        f"{100 * summary['dynamic']['accuracy']:.2f} % at {summary['dynamic']['macs'] / 1e6:.2f} M"
     )
+
+
+def _recognised(folder: Path, data: Data, settings: Settings, device: torch.device) -> Tensor:
+    """Whether a finished run's network recognises each of the validation images: bool [N]."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device)
+    rows, _ = collect(model, val_loader(data, VAL_BATCH, settings.workers))
+    return rows["correct"]
 
 
 def print_table(summary: dict[str, Any]) -> None:

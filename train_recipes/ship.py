@@ -24,6 +24,7 @@ import timm
 import torch
 import typer
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from options import command as run_from_command_line
 from run_folder import SUMMARY, RunError
@@ -31,10 +32,10 @@ from timm_dynamic.budgets import default_input_size
 from timm_dynamic.calibration import apply_calibration, calibrations
 from timm_dynamic.card import model_card
 from timm_dynamic.cli import images, rows
-from timm_dynamic.cli.app import BATCH
 from timm_dynamic.cli.errors import CommandError, one_line
+from timm_dynamic.cli.evaluate import BATCH
 from timm_dynamic.cli.models import load, restrict
-from timm_dynamic.evaluation import costs_of, held_out_places
+from timm_dynamic.evaluation import compare, costs_of, held_out_places
 from timm_dynamic.hub import CARD, PREFIXES, base_name, base_of, config_text, save_pretrained
 from timm_dynamic.safety import CONFIG, WEIGHTS
 from timm_dynamic.surgery import PARTS
@@ -181,7 +182,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
         raise RunError(f"{order.run} does not tell its seed: give --seed")
     model = load(f"local-dir:{stage}", pretrained=True)
     held_out = _held_out(model, order) if order.holdout is not None else None
-    trained, stored = _evaluate(order.run, order), _row(model, order)
+    trained, (stored, right) = _evaluate(order.run, order), _images(model, order)
     lines = [f"as trained {_shown(trained)}; as shipped {_shown(stored)}"]
     if abs(stored["accuracy"] - trained["accuracy"]) > TOLERANCE:
         raise RunError(f"half precision changes the accuracy: {lines[0]}: give --full")
@@ -192,7 +193,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     if not hasattr(model, "dynamic"):
         return {**found, **_few(stored)}, lines
     found |= _dynamic_rows(model, stored, order)
-    found |= _gain(stored, summary, settings, order)
+    found |= _gain(stored, right, summary, settings, order)
     if held_out is not None:
         calibrated, more = _calibrated(stage, order, held_out)
         kept_out = (settings.get("holdout") or 0) >= (order.holdout or 0)  # the first ones of the same permutation
@@ -228,18 +229,21 @@ def _dynamic_rows(model: Any, found: Row, order: Order) -> Row:
     }
 
 
-def _gain(found: Row, summary: Row, settings: Row, order: Order) -> Row:
+def _gain(found: Row, right: Tensor, summary: Row, settings: Row, order: Order) -> Row:
     """The adaptive gain over the run's best static policy, where there is one, on the images measured on."""
     static = summary.get("static")
     if static is None:
         return {}
+    error = {}
     if (order.run / "static" / CONFIG).is_file():
-        static = {**static, "accuracy": _evaluate(order.run / "static", order)["accuracy"]}
+        other, others_right = _images(load(f"local-dir:{order.run / 'static'}", pretrained=True), order)
+        static = {**static, "accuracy": other["accuracy"]}
+        error["adaptive_gain_error"] = compare(right, others_right).error
     elif settings.get("holdout"):
         raise RunError(
             f"{order.run}: its adaptive gain is that of held-out images; static/ is needed to measure it here"
         )
-    return {"adaptive_gain": found["accuracy"] - static["accuracy"], "static": static}
+    return {"adaptive_gain": found["accuracy"] - static["accuracy"], **error, "static": static}
 
 
 def _evaluate(folder: Path, order: Order) -> Row:
@@ -249,6 +253,11 @@ def _evaluate(folder: Path, order: Order) -> Row:
 
 def _row(model: Any, order: Order, *, fraction: float | None = None, exit: int | None = None) -> Row:
     """What `timm-dynamic evaluate` measures, with its defaults, on the CPU."""
+    return _images(model, order, fraction=fraction, exit=exit)[0]
+
+
+def _images(model: Any, order: Order, *, fraction: float | None = None, exit: int | None = None) -> tuple[Row, Tensor]:
+    """The same, and whether each image was recognised: bool [N]."""
     prepare = images.Preparation(model)
     restrict(model, prepare.input_size, fraction, exit, None)
     folder = images.open_folder(images.find_split(order.data, order.split), model, prepare)

@@ -1,23 +1,33 @@
 """The commands: what they take, and in which order things are done."""
 
-import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..configs import CHANNEL_GATE_MODES, LAYER_GATE_KINDS
 from ..version import __version__
 from . import tables
 from .demo import demo
 from .errors import BadInput, CommandError
+from .evaluate import evaluate
+from .options import (
+    ChannelMode,
+    Confidence,
+    Device,
+    Exit,
+    Fraction,
+    GateKind,
+    InputSize,
+    Json,
+    Name,
+    Weights,
+    print_json,
+    progress,
+)
 from .report import report
 
-BATCH = 64  # images evaluated at once, where nothing else is asked for
 COUNTED = 40  # a list of at most this many networks counts parameters and MACs
 EXIT_CODES = "Exit codes: 0 done; 1 the network, the Hub or something unexpected failed; 2 wrong input."
 
@@ -30,25 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-GateKind = StrEnum("GateKind", LAYER_GATE_KINDS)  # type: ignore[misc]
-ChannelMode = StrEnum("ChannelMode", CHANNEL_GATE_MODES)  # type: ignore[misc]
-Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="A registered name (timm's own too), local-dir:FOLDER or hf-hub:ORG/NAME.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-InputSize = Annotated[
-    tuple[int, int, int] | None,
-    typer.Option(metavar="C H W", help="Channels, height and width; default: the network's own."),
-]
-Weights = Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Trained weights, or random ones.")]
-Fraction = Annotated[
-    float | None, typer.Option("--budget-fraction", help="Hard budget: share of the dense network's MACs.")
-]
-Exit = Annotated[int | None, typer.Option("--exit", help="Leave at this exit; 0 is the first.")]
-Confidence = Annotated[
-    float | None, typer.Option("--confidence", help="Leave at the first exit that is so sure (0..1).")
-]
 
 
 @contextmanager
@@ -63,10 +54,6 @@ def one_line_errors() -> Iterator[None]:
 
 def _complain(error: CommandError) -> None:
     typer.echo(f"error: {error}", err=True)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
 
 
 def _print_version(asked: bool) -> None:
@@ -108,10 +95,10 @@ def list_networks(
 
         found = rows.names(pattern, pretrained)
         counted = len(found) <= COUNTED if count is None else count
-        progress = _progress(found.items(), len(found), "counting") if counted else found.items()
-        lines = [rows.list_row(name, tags, counted) for name, tags in progress]
+        names = progress(found.items(), len(found), "counting") if counted else found.items()
+        lines = [rows.list_row(name, tags, counted) for name, tags in names]
         if as_json:
-            _print_json(lines)
+            print_json(lines)
             return
         tables.print_list(lines)
         if count is None and not counted:
@@ -137,7 +124,7 @@ def profile(
 
         kind = layer_gates.value if layer_gates else None
         row = compute(load_shapes(name, layer_gates=kind), name, input_size)
-        _print_json(row) if as_json else tables.print_profile(row)
+        print_json(row) if as_json else tables.print_profile(row)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -174,47 +161,14 @@ def predict(
             if not as_json:
                 tables.print_prediction(found[-1])
         if as_json:
-            _print_json(found)
+            print_json(found)
         elif found:
             tables.print_legend()
         if failed:
             raise typer.Exit(BadInput.exit_code)
 
 
-@app.command(epilog=EXIT_CODES)
-def evaluate(
-    name: Name,
-    data: Annotated[Path, typer.Option(help="Folder with a folder of images for each class, or with val/ that has.")],
-    split: Annotated[
-        str | None, typer.Option(help="Folder in --data to use. Default: val if there is one, else --data itself.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = BATCH,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 0,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
-    budget_fraction: Fraction = None,
-    exit: Exit = None,
-    confidence: Confidence = None,
-    pretrained: Weights = True,
-    as_json: Json = False,
-) -> None:
-    """Measure accuracy and MACs on a folder of images.
-
-    The classes are the sorted names of the folders; images are prepared as the model's config says.
-    """
-    with one_line_errors():
-        from . import images, rows
-        from .models import load, pick_device, restrict
-
-        place = pick_device(device)
-        root = images.find_split(data, split)
-        model = load(name, pretrained=pretrained)
-        prepare = images.Preparation(model)
-        folder = images.open_folder(root, model, prepare)
-        restrict(model, prepare.input_size, budget_fraction, exit, confidence)
-        count = -(-len(folder) // batch_size)
-        loader = _progress(images.batches(folder, batch_size, workers), count, "evaluating")
-        row = {"name": name, "data": str(root), **rows.evaluate_row(model, loader, prepare.input_size, place)}
-        _print_json(row) if as_json else tables.print_evaluation(row)
+app.command(epilog=EXIT_CODES)(one_line_errors()(evaluate))
 
 
 # What `benchmark` takes
@@ -252,7 +206,7 @@ def benchmark(
     rounds: Annotated[int | None, typer.Option(help="Timed turns of each engine; default 15, for budgets 100.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's own choice.")] = None,
     dtype: Dtype = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    device: Device = None,
     as_json: Json = False,
     figure: Annotated[Path | None, typer.Option(help="SVG file to draw time over MACs into.")] = None,
 ) -> None:
@@ -285,7 +239,7 @@ def benchmark(
         else:
             found = bench.run(models, config, _turns)
         bench_rows = [{"name": name, **row.to_dict()} for name, own in found.items() for row in own]
-        _print_json(bench_rows) if as_json else bench.show(found, config)
+        print_json(bench_rows) if as_json else bench.show(found, config)
         if figure is not None:
             bench.draw(found, figure)
         bench.check(found)
@@ -293,7 +247,7 @@ def benchmark(
 
 def _turns(turns: Any) -> Iterable[int]:
     """A bar over the rounds of a benchmark."""
-    return _progress(turns, len(turns), "timing")
+    return progress(turns, len(turns), "timing")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -326,7 +280,7 @@ def export(
         size = input_size or default_input_size(model)
         restrict(model, size, budget_fraction, exit, confidence)
         row = onnx.export(model, name, output, size, dynamic_batch, images)
-        _print_json(row) if as_json else onnx.show(row)
+        print_json(row) if as_json else onnx.show(row)
         onnx.check(row)
 
 
@@ -362,12 +316,12 @@ def publish(
             for row in uploaded if not as_json else ():
                 typer.echo(f"{row['repo']} holds {row['name']}: {row['url']}")
             if as_json:
-                _print_json(uploaded)
+                print_json(uploaded)
             return
         if everything is not None or folder is None or repo_id is None:
             raise BadInput("give DIR and REPO_ID, or --all ORG for the models that ship with the package")
         done = runs.publish(folder, repo_id, private, revision)
-        _print_json(done) if as_json else typer.echo(f"{done['repo']} holds {folder}: {done['url']}")
+        print_json(done) if as_json else typer.echo(f"{done['repo']} holds {folder}: {done['url']}")
 
 
 @app.command(epilog=EXIT_CODES)
@@ -387,16 +341,6 @@ def card(
 
 
 app.command(epilog=EXIT_CODES)(one_line_errors()(demo))
-
-
-def _progress(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-    """A progress bar on stderr, if that is a terminal."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, what, total, console=Console(stderr=True), transient=True)
 
 
 def main() -> None:

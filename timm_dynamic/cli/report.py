@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .errors import BadInput, bad_input
+from .options import Device
 
 PAGE = "report.html"
 Several = Annotated[
@@ -50,7 +51,7 @@ def report(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU; default: torch's own choice.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each network.")] = 32,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the tables' numbers as JSON on stdout.")] = False,
 ) -> None:
     """Write the papers' analyses of a network on a folder of images, as one page.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ChannelGateConfig, CostTable, Decisions, LayerGateConfig, cost_table, decide
 from ..budgets import default_input_size
-from ..evaluation import costs_of, evaluate
+from ..evaluation import collect, compare, summarise
 from ..registry import METHODS
 from ..walk import table_for
 from .errors import BadInput, bad_input
@@ -233,15 +233,39 @@ def _ran(table: CostTable, decisions: Decisions) -> list[float | None]:
 
 def evaluate_row(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], input_size: tuple[int, int, int], device: str
-) -> Row:
-    """Accuracy and cost over a loader, and how the images spread over the exits."""
+) -> tuple[Row, Tensor]:
+    """Accuracy and cost over a loader and how the images spread over the exits; and which are recognised, bool [N]."""
     with bad_input():
-        found = evaluate(model.to(device), loader, device)
-        stops = costs_of(model, input_size).exits
+        seen, table = collect(model.to(device), loader, device)
+    stops, found = table.exits, summarise(seen, table)
     row = found.to_dict()
     shares = row.pop("exit_shares")
     exits = [
         {"exit": i, "name": stop.name, "share": share}
         for i, (stop, share) in enumerate(zip(stops, shares, strict=True))
     ]
-    return {**row, "macs_share": found.macs_share, "exits": exits}
+    return {**row, "macs_share": found.macs_share, "exits": exits}, seen["correct"]
+
+
+def against_row(name: str, own: Row, right: Tensor, other: Row, others_right: Tensor) -> Row:
+    """How a network compares with another one on the same images.
+
+    Args:
+        name: of the other one.
+        own: what `evaluate_row` gave.
+        right: likewise, bool [N].
+        other: the same of the other one.
+        others_right: likewise.
+    """
+    with bad_input():
+        found = compare(right, others_right)
+    return {
+        "name": name,
+        "accuracy": other["accuracy"],
+        "macs": other["macs"],
+        "macs_share": other["macs"] / own["dense_macs"],
+        "difference": found.accuracy,
+        "standard_error": found.error,
+        "recognised_by_the_first_only": found.first_only,
+        "recognised_by_the_second_only": found.second_only,
+    }

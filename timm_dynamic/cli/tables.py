@@ -1,7 +1,7 @@
 """How the commands show what they computed."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -197,6 +197,17 @@ def strip(units: Sequence[Row], signs: str = BLOCKS) -> str:
 # evaluate ------------------------------------------------------------------------------------------------------------
 
 
+def _against(other: Row) -> Iterator[tuple[str, str]]:
+    """Another network on the same images, and the difference."""
+    from ..evaluation import in_points
+
+    yield f"accuracy of {other['name']}", percent(other["accuracy"], 2)
+    yield "its mean MACs", f"{macs(other['macs'])} = {percent(other['macs_share'])} of dense"
+    yield "difference in accuracy", in_points(other["difference"], other["standard_error"])
+    yield "recognised by only the first", percent(other["recognised_by_the_first_only"], 2)
+    yield "recognised by only the second", percent(other["recognised_by_the_second_only"], 2)
+
+
 def print_evaluation(row: Row) -> None:
     """Accuracy and cost, and where images left."""
     table = _table("measure", "value", title=f"{row['name']} on {row['data']}")
@@ -213,6 +224,7 @@ def print_evaluation(row: Row) -> None:
         ("policies", f"{row['policies']:,}"),
         ("their entropy", f"{row['policy_entropy']:.2f} bits"),
         *((f"left at exit {e['exit']} ({e['name']})", percent(e["share"])) for e in row["exits"]),
+        *(_against(row["against"]) if "against" in row else ()),
     ):
         table.add_row(name, value)
     console().print(table)
