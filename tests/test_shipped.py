@@ -336,7 +336,8 @@ def test_the_gain_is_measured_on_the_same_images(shop: Shop) -> None:
 
 
 def test_which_images_are_held_out(shop: Shop) -> None:
-    chosen = ship._held_out(shop.models[DDI], shop.order(shop.root, DDI, holdout=7)).samples
+    folder, places = ship._held_out(shop.models[DDI], shop.order(shop.root, DDI, holdout=7))
+    chosen = [folder.samples[place] for place in places]
     files = sorted((shop.data / "train").glob("*/*.png"), key=lambda path: (path.parent.name, path.name))
     assert [Path(path) for path, _ in chosen] == [
         files[i] for i in sorted(np.random.default_rng(0).permutation(60)[:7])

@@ -35,7 +35,7 @@ from timm_dynamic.cli import images, rows
 from timm_dynamic.cli.errors import CommandError, one_line
 from timm_dynamic.cli.evaluate import BATCH
 from timm_dynamic.cli.models import load, restrict
-from timm_dynamic.evaluation import compare, costs_of, held_out_places
+from timm_dynamic.evaluation import compare, costs_of
 from timm_dynamic.hub import CARD, PREFIXES, base_name, base_of, config_text, save_pretrained
 from timm_dynamic.safety import CONFIG, WEIGHTS
 from timm_dynamic.surgery import PARTS
@@ -48,6 +48,7 @@ TARGETS = (0.3, 0.5, 0.7)
 SHOWN = ("accuracy", "macs", "max_macs")
 DECISIONS = ("keep_ratio", "policies", "policy_entropy", "macs_share_std")
 Row = dict[str, Any]
+HeldOut = tuple[images.Folder, list[int]]
 
 
 @dataclass(frozen=True)
@@ -273,20 +274,19 @@ def _shown(found: Row) -> str:
     return f"{found['accuracy']:.2%} at {found['macs'] / 1e6:.2f} M MACs"
 
 
-def _held_out(model: Any, order: Order) -> images.Folder:
-    """The training images to calibrate on."""
+def _held_out(model: Any, order: Order) -> HeldOut:
+    """The training images, and the places of those to calibrate on."""
     if not hasattr(model, "dynamic"):
         raise RunError("--holdout: a plain network has nothing to calibrate")
-    train = images.open_folder(order.data / "train", model, images.Preparation(model))
-    train.samples = [train.samples[place] for place in held_out_places(len(train), order.holdout or 0)]
-    return train
+    return images.open_held_out(order.data, model, images.Preparation(model), order.holdout or 0)
 
 
-def _calibrated(stage: Path, order: Order, held_out: images.Folder) -> tuple[list[Row], list[str]]:
+def _calibrated(stage: Path, order: Order, held_out: HeldOut) -> tuple[list[Row], list[str]]:
     """Thresholds for other mean costs, and what they give."""
     model: Any = load(f"local-dir:{stage}", pretrained=True)
     targets = order.targets or TARGETS
-    settings = calibrations(model, images.batches(held_out, BATCH, 0), targets)
+    folder, places = held_out
+    settings = calibrations(model, images.batches(folder, BATCH, 0, places), targets)
     lines = [f"no row for --target {target}: no thresholds meet it" for target in targets if target not in settings]
     found: list[Row] = []
     for target, set_to in settings.items():

@@ -15,11 +15,10 @@ from timm.models import parse_model_name
 from ..analyses import denormalised
 from ..analysis_report import Analysis, Images, Subject, analyse
 from ..claims import read_study
-from ..evaluation import held_out_places
 from ..safety import CONFIG
 from ..trade_off import FRACTIONS, settings_of
 from .errors import BadInput, Failed, bad_input, one_line
-from .images import Batches, Folder, Preparation, class_names, find_split, open_folder
+from .images import Batches, Folder, Preparation, class_names, find_split, open_folder, open_held_out
 from .models import load, pick_device
 from .runs import metrics_of
 
@@ -108,8 +107,7 @@ def _images(request: Request, subject: Subject, root: Path, wanted: Wanted) -> t
     prepare = Preparation(subject.model)
     folder = open_folder(root, subject.model, prepare)
     places = _drawn(len(folder), wanted.images)
-    with bad_input():
-        training = _held_out(request, subject, prepare, request.data / "train", wanted.held_out)
+    training = _held_out(request, subject, prepare, request.data, wanted.held_out)
     images = Images(
         loader=request.batches(folder, places),
         few=request.batches(folder, [places[k] for k in _drawn(len(places), FEW, seed=1)]),
@@ -131,25 +129,23 @@ def _drawn(images: int, count: int | None, seed: int = 0) -> list[int]:
 
 
 def _held_out(
-    request: Request, subject: Subject, prepare: Preparation, root: Path, count: int | None
+    request: Request, subject: Subject, prepare: Preparation, data: Path, count: int | None
 ) -> tuple[Batches, str] | None:
     """The training images that were held out, and what is known of that."""
     if count is None:
         return None
-    if not root.is_dir():
-        raise BadInput(f"no folder {root}: --held-out takes images of DATA/train")
-    folder = open_folder(root, subject.model, prepare)
-    about = f"{count:,} images of {root}"
+    folder, places = open_held_out(data, subject.model, prepare, count)
+    about = f"{count:,} images of {folder.root}"
     known = _known_held_out(subject)
     if known < count:
         about += f" (its run is known to have held out {known or 'none'} of them)"
-    return request.batches(folder, held_out_places(len(folder), count)), about
+    return request.batches(folder, places), about
 
 
 def _known_held_out(subject: Subject) -> int:
     """How many training images a network never saw: what its run's settings say, or else what it was shipped with.
 
-    Fewer are the first ones of more: see `held_out_places`.
+    Fewer are the first ones of more: see `held_out_places` of the package's `evaluation`.
     """
     calibrated = subject.summary.get("calibrated") or {}
     shipped = calibrated.get("images", 0) if calibrated.get("held_out") else 0

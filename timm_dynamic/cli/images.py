@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from ..budgets import default_input_size
+from ..evaluation import held_out_places
 from .errors import BadInput, bad_input, one_line
 
 KEPT_BYTES = 2**28  # of images that are kept in memory where they are needed many times
@@ -140,6 +141,20 @@ def open_folder(root: Path, model: nn.Module, prepare: Preparation) -> Folder:
     if len(folder.classes) != wanted:
         raise BadInput(f"{root} has {len(folder.classes)} classes; the model knows {wanted}")
     return folder
+
+
+def open_held_out(data: Path, model: nn.Module, prepare: Preparation, count: int) -> tuple[Folder, list[int]]:
+    """The images under `data/train`, and the places of those that a recipe's --holdout keeps out of training.
+
+    Raises:
+        BadInput: if there are no such images, or not more than `count`.
+    """
+    root = data / "train"
+    if not root.is_dir():
+        raise BadInput(f"no folder {root}: the images that are held out are some of DATA/train")
+    folder = open_folder(root, model, prepare)
+    with bad_input():
+        return folder, held_out_places(len(folder), count)
 
 
 def batches(

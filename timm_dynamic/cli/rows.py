@@ -1,5 +1,6 @@
 """What the commands compute: plain values, ready for a table or for JSON."""
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -9,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .. import ChannelGateConfig, CostTable, Decisions, LayerGateConfig, cost_table, decide
+from .. import ChannelGateConfig, CostTable, Decisions, LayerGateConfig, calibrate, cost_table, decide, set_budget
 from ..budgets import default_input_size
 from ..evaluation import collect, compare, summarise
 from ..registry import METHODS
@@ -245,6 +246,14 @@ def evaluate_row(
         for i, (stop, share) in enumerate(zip(stops, shares, strict=True))
     ]
     return {**row, "macs_share": found.macs_share, "exits": exits}, seen["correct"]
+
+
+def calibrate_row(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], share: float) -> Row:
+    """Set thresholds for a mean cost, and lift the budget: what was set, and what it gives on these images."""
+    with bad_input(ValueError, TypeError):
+        found = calibrate(model, loader, share)
+        set_budget(model)
+    return dataclasses.asdict(found)
 
 
 def against_row(name: str, own: Row, right: Tensor, other: Row, others_right: Tensor) -> Row:

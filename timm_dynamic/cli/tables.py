@@ -197,6 +197,14 @@ def strip(units: Sequence[Row], signs: str = BLOCKS) -> str:
 # evaluate ------------------------------------------------------------------------------------------------------------
 
 
+def _calibrated(found: Row) -> Iterator[tuple[str, str]]:
+    """Thresholds that were set, and what they gave on the images that they were set on."""
+    yield "calibrated on held-out images to", f"{percent(found['fraction'])} of dense"
+    yield "gates keep from a probability of", f"{found['threshold']:.4g}"
+    leaves = "no image" if found["confidence"] > 1 else f"{found['confidence']:.4g}"
+    yield "images leave from a confidence of", leaves
+
+
 def _against(other: Row) -> Iterator[tuple[str, str]]:
     """Another network on the same images, and the difference."""
     from ..evaluation import in_points
@@ -224,6 +232,7 @@ def print_evaluation(row: Row) -> None:
         ("policies", f"{row['policies']:,}"),
         ("their entropy", f"{row['policy_entropy']:.2f} bits"),
         *((f"left at exit {e['exit']} ({e['name']})", percent(e["share"])) for e in row["exits"]),
+        *(_calibrated(row["calibrated"]) if "calibrated" in row else ()),
         *(_against(row["against"]) if "against" in row else ()),
     ):
         table.add_row(name, value)
