@@ -70,7 +70,7 @@ def test_what_it_cannot_be_made_for() -> None:
 
 def test_shares_are_what_a_forced_run_costs() -> None:
     model, (x, _) = network(), batch()
-    found = task_of(model).shares(x)
+    found = task_of(model).shares(SIZE)
     dense = costs_of(model, SIZE).dense
     for share, policy in zip(found, (SHORT, POLICY), strict=True):
         with torch.no_grad(), td.force(model.eval(), layer_keep=torch.tensor([[d == "1" for d in policy]])):
@@ -133,7 +133,7 @@ def test_gates_learn_which_images_need_the_units() -> None:
         p.requires_grad_(True)
     losses = [F.cross_entropy(under(model, policy, x), y, reduction="none") for policy in (SHORT, POLICY)]
     worth = losses[0] - losses[1]
-    shares = task.shares(x)
+    shares = task.shares(SIZE)
     task.alpha.fill_(worth.median().item() / (shares[1] - shares[0]))
     optimizer = torch.optim.Adam(gates, lr=0.03)
     for _ in range(150):
@@ -157,7 +157,7 @@ def test_gates_learn_which_images_need_the_units() -> None:
 def test_alpha_follows_the_target_and_is_kept() -> None:
     model, (x, y) = network(), batch(32)
     task = task_of(model, target=0.55, anneal=0.0)
-    low, high = task.shares(x)
+    low, high = task.shares(SIZE)
     assert low < 0.55 < high
     for _ in range(3):
         found = task(x, y)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,8 @@ class Calibration:
 
     Attributes:
         threshold: the probability from which on gates keep; where they were not moved, that of the first one.
-        confidence: how sure an image that leaves at an exit is at least; above 1 if none leaves early.
+        confidence: how sure an image that leaves at an exit is at least; above 1 if none leaves early. Where exits were
+            not moved, the lowest of theirs.
         fraction: mean MACs as a share of the stock model's.
         accuracy: 0..1.
     """
@@ -47,8 +48,8 @@ class _Run:
 
     sure: Tensor  # [N, exits], the largest softmax probability
     right: Tensor  # bool [N, exits]
-    spent: Tensor  # [N, exits], MACs of leaving there, all exits before it evaluated
-    early: Tensor  # [N], MACs of going to the head without evaluating any exit
+    reached: Tensor  # [N, exits], MACs of coming there without evaluating any exit
+    heads: tuple[int, ...]  # MACs of each exit's classifier
 
 
 def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: str = "both") -> Calibration:
@@ -62,7 +63,8 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
         model: a trained dynamic model; its mode is left as it was.
         loader: batches of (images [B, C, H, W], labels [B]) that the model was not trained on.
         fraction: the wanted mean MACs as a share of the stock model's.
-        use: what to move: "both", "gates" or "exits".
+        use: what to move: "both", "gates" or "exits". What is not moved counts as it is: gates at their thresholds,
+            exits at their confidences.
 
     Returns:
         What was set.
@@ -151,7 +153,6 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, agreement: 
     batches = list(images)
     if not parts or not batches:
         raise ValueError(f"meet_cost needs gates and images; found {len(parts)} kinds of gates, {len(batches)} batches")
-    before = [part.threshold.clone() for part in parts]
     with kept(model):
         first, said = _run_to_head(model, batches)
         tried: dict[float | None, float] = {None: first}
@@ -167,9 +168,6 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, agreement: 
     best = min(tried, key=lambda threshold: abs(tried[threshold] - fraction))
     if best is not None:
         _set(model, best, None)
-    else:
-        for part, threshold in zip(parts, before, strict=True):
-            part.threshold.copy_(threshold)
     return tried[best]
 
 
@@ -203,6 +201,9 @@ class _Search:
         self.tolerance = 0.005
         own = [getattr(model, part).threshold for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
         self.own = own[0][0].item() if own else 0.5
+        exits = getattr(model, "exits", ())
+        self.levels: Sequence[float] = exits.levels if exits and not self.move_exits else (NEVER,) * len(exits)
+        self.unmoved = min(self.levels, default=NEVER)
         self.tried: dict[float, list[Calibration]] = {}  # by threshold: without exits, then at each confidence
 
     def over(self, target: float) -> Calibration:
@@ -230,15 +231,15 @@ class _Search:
         return max(found, key=lambda one: one.accuracy)
 
     def _try(self, level: float) -> list[Calibration]:
-        """What gates at `level` give, without exits and with images that leave at each confidence."""
+        """What gates at `level` give: with the exits as they stay, or without and with images that leave early."""
         if level not in self.tried:
             if self.move_gates:
                 _set(self.model, level, None)
             run = _run(self.model, self.images)
-            plain, accuracy = run.early.mean().item() / self.dense, run.right[:, -1].double().mean().item()
-            found = [Calibration(level, NEVER, plain, accuracy)]
+            before = len(run.heads) - 1
+            found = [Calibration(level, self.unmoved, *_leave(run, self.levels, self.dense))]
             for confidence in _confidences(run) if self.move_exits else ():
-                found.append(Calibration(level, confidence, *_leave(run, confidence, self.dense)))
+                found.append(Calibration(level, confidence, *_leave(run, [confidence] * before, self.dense)))
             self.tried[level] = found
         return self.tried[level]
 
@@ -250,36 +251,38 @@ def _confidences(run: _Run) -> list[float]:
     return sorted({0.0, *values.quantile(steps).tolist()})
 
 
-def _leave(run: _Run, confidence: float, dense: int) -> tuple[float, float]:
-    """Mean share of MACs and accuracy if images leave at the first exit where they are this sure."""
-    sure = run.sure >= confidence
-    sure[:, -1] = True
+def _leave(run: _Run, levels: Sequence[float], dense: int) -> tuple[float, float]:
+    """Mean share of MACs and accuracy if images leave at the first exit where they are sure enough.
+
+    levels: for each exit before the head; above 1, none leaves there, and the exit is not evaluated.
+    """
+    sure = run.sure >= torch.tensor([*levels, 0.0], dtype=run.sure.dtype)
     exit_index = sure.int().argmax(1, keepdim=True)
-    share = run.spent.gather(1, exit_index).mean().item() / dense
-    return share, run.right.gather(1, exit_index).double().mean().item()
+    asked = [head if level <= 1 else 0 for head, level in zip(run.heads, [*levels, 0.0], strict=True)]
+    spent = run.reached + torch.tensor(asked, dtype=run.reached.dtype).cumsum(0)
+    return spent.gather(1, exit_index).mean().item() / dense, run.right.gather(1, exit_index).double().mean().item()
 
 
 @torch.no_grad()
 def _run(model: Any, images: list[tuple[Tensor, Tensor]]) -> _Run:
     device = next(model.parameters()).device
     rows: list[tuple[Tensor, ...]] = []
+    heads: tuple[int, ...] = ()
     for x, y in images:
         walk = Walk(model, x.to(device), Log(len(x)), budgeted=False)
-        account = walk.macs
+        account, places = walk.macs, range(len(walk.stops))
         assert account is not None
-        sure, right, spent = [], [], []
-        heads = 0
-        for index in range(len(walk.stops)):
+        sure, right, reached = [], [], []
+        for index in places:
             walk.to_exit(index)
             logits = walk.classify(index, walk.x).float()
-            here = torch.as_tensor(account.spent, dtype=torch.float64, device=device).expand(len(x))
-            heads += account.exit_cost(index)
+            reached.append(torch.as_tensor(account.spent, dtype=torch.float64, device=device).expand(len(x)))
             sure.append(logits.softmax(-1).amax(-1))
             right.append(logits.argmax(-1) == y.to(device))
-            spent.append(here + heads)
-        early = here + account.exit_cost(len(walk.stops) - 1)
-        rows.append((torch.stack(sure, 1), torch.stack(right, 1), torch.stack(spent, 1), early))
-    return _Run(*(torch.cat(column).cpu() for column in zip(*rows, strict=True)))
+        heads = tuple(account.exit_cost(index) for index in places)
+        rows.append((torch.stack(sure, 1), torch.stack(right, 1), torch.stack(reached, 1)))
+    sure_all, right_all, reached_all = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+    return _Run(sure_all, right_all, reached_all, heads)
 
 
 def _set(model: Any, threshold: float | None, confidence: float | None) -> None:

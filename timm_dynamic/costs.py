@@ -269,6 +269,28 @@ class CostTable:
         more |= {"leave": tuple(values["leave"]), "input_size": tuple(values["input_size"])}
         return cls(**{**values, **more})
 
+    def without_gates(self) -> "CostTable":
+        """The same table with gates that cost nothing: what a static network of the same units pays."""
+        units = tuple(replace(unit, layer_gate=0, channel_gate=0) for unit in self.units)
+        return assembled(replace(self, units=units), [stop.head for stop in self.exits])
+
+    def price(self, layers: Tensor, channels: Sequence[Tensor] = ()) -> Tensor:
+        """Cost of going to the head, no other exit evaluated, under each of some patterns of decisions.
+
+        Args:
+            layers: bool [P, layer gates]; [P, 0] without layer gates.
+            channels: for each gated hidden width, bool keeps of its groups [P, groups].
+
+        Returns:
+            [P].
+        """
+        total: Any = self.stem + sum(self.leave) + self.exits[-1].head
+        keeps, widths = iter(layers.unbind(1)), iter(channels)
+        for unit in self.units:
+            keep = next(keeps) if unit.skippable else None
+            total = total + unit.price(keep, [next(widths) for _ in unit.sizes] or None)
+        return torch.as_tensor(total, device=layers.device).expand(len(layers))
+
     @property
     def cheapest(self) -> Any:
         """Cost of an image that takes the cheapest way out."""

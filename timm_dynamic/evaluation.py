@@ -18,6 +18,7 @@ from .forward import decide
 from .measure import cost_table
 from .walk import table_for
 
+NEAR = 0.02  # by how much a static policy may be dearer than the network that it is compared with
 Rows = dict[str, Tensor]  # per image: every value has the images of a batch as its first dimension
 
 
@@ -266,8 +267,8 @@ def static_policy(
 ) -> Policy:
     """The static network that a dynamic one has to beat: the pattern that it gives most often, at its mean cost.
 
-    Of the patterns that are, without gates, no dearer than the dynamic network on the mean, gates included, the most
-    common one is taken (if all are dearer, the empty one). What is kept most often is added to it, as long as that
+    Of the patterns that cost, without gates, at most 2 % more than the dynamic network on the mean, gates included, the
+    most common one is taken (if all are dearer, the empty one). What is kept most often is added to it, as long as that
     brings it nearer to the mean.
 
     Args:
@@ -288,36 +289,22 @@ def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
     """The most common pattern, filled up until it costs what is wanted."""
     keeps = torch.cat([rows["layers"], rows["channels"]], dim=1).bool()
     patterns, counts = torch.unique(keeps, dim=0, return_counts=True)
-    layers = rows["layers"].shape[1]
-    cheap = torch.tensor([_policy_macs(table, one, layers) <= 1.02 * wanted for one in patterns])
-    best = int(torch.where(cheap, counts, 0).argmax())
-    pattern = patterns[best].clone() if cheap.any() else torch.zeros_like(patterns[0])
-    for place in keeps.double().mean(0).argsort(descending=True, stable=True).tolist():
-        fuller = pattern.clone()
-        fuller[place] = True
-        now, then = _policy_macs(table, pattern, layers), _policy_macs(table, fuller, layers)
-        if abs(then - wanted) > abs(now - wanted):
-            break
-        pattern = fuller
+    layers, free = rows["layers"].shape[1], table.without_gates()
+    groups = [len(sizes) for unit in table.units for sizes in unit.sizes]
+
+    def cost(some: Tensor) -> Tensor:
+        return free.price(some[:, :layers], some[:, layers:].split(groups, dim=1) if groups else ())
+
+    cheap = cost(patterns) <= (1 + NEAR) * wanted
+    pattern = patterns[int(torch.where(cheap, counts, 0).argmax())] if cheap.any() else torch.zeros_like(patterns[0])
+    rank = keeps.double().mean(0).argsort(descending=True, stable=True).argsort()
+    fuller = torch.cat([pattern[None], pattern | (rank <= torch.arange(len(rank))[:, None])])  # one more in each row
+    far = (cost(fuller) - wanted).abs()
+    worse = (far[1:] > far[:-1]).nonzero()
+    pattern = fuller[int(worse[0]) if len(worse) else -1]
     digits = "".join("01"[int(keep)] for keep in pattern)
-    macs = _policy_macs(table, pattern, layers)
     same = (keeps == pattern).all(1).double().mean().item()
-    return Policy(digits[:layers], digits[layers:], macs, same)
-
-
-def _policy_macs(table: CostTable, pattern: Tensor, layers: int) -> int:
-    """MACs of an image under a pattern [layer gates + channel groups], gates not counted."""
-    total, gate, group = table.stem + sum(table.leave) + table.exits[-1].head, 0, layers
-    for unit in table.units:
-        free = dataclasses.replace(unit, layer_gate=0, channel_gate=0)
-        keep = pattern[gate : gate + 1] if unit.skippable else None
-        gate += unit.skippable
-        channels = []
-        for sizes in unit.sizes:
-            channels.append(pattern[None, group : group + len(sizes)])
-            group += len(sizes)
-        total += int(free.price(keep, channels or None))
-    return total
+    return Policy(digits[:layers], digits[layers:], int(cost(pattern[None])), same)
 
 
 def latency(models: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int = 30) -> dict[str, float]:

@@ -14,6 +14,7 @@ from . import losses
 from .forward import Decisions, decide
 from .surgery import force
 from .tasks import GATES, TINY, DynamicTask, following, mean_over_processes, zero_of_all
+from .walk import table_for
 
 MOST_WEIGHT = 2.0  # nats; no image counts for more
 
@@ -85,18 +86,13 @@ class HindsightTask(DynamicTask):
         self.register_buffer("policies", torch.tensor(both), persistent=False)
         self.free = (self.policies[0] != self.policies[1]).nonzero().flatten().tolist()
 
-    def shares(self, x: Tensor) -> tuple[float, float]:
-        """What either policy costs, as a share of the dense cost, for images like ``x`` [B, C, H, W].
+    def shares(self, input_size: tuple[int, int, int]) -> tuple[float, float]:
+        """What the cheaper and the dearer policy cost, gates included, as shares of the dense cost.
 
-        No state changes, not even that of gates with batch norms.
+        input_size: (channels, height, width) of an image.
         """
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                cheap, dear = (losses.cost_share(found.cost, self.dense_cost).item() for found in self._both(x))
-        finally:
-            self.train(training)
+        table = self.model.dynamic.priced or table_for(self.model, input_size)
+        cheap, dear = (table.price(self.policies.cpu()).double() / self.dense_cost).tolist()
         return cheap, dear
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

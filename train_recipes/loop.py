@@ -166,6 +166,7 @@ class Trainer:
         checkpoint = self.folder.newest()
         if checkpoint is not None:
             self.progress = read_progress(checkpoint)
+            self.previous = read_training(checkpoint).get("previous", {})
             self.accelerator.print(f"going on from {checkpoint}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -387,7 +388,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             buffers = self._own_buffers(running.task)
             scaler = self.accelerator.scaler
-            training = {"optimizer": running.raw_optimizer.state_dict(), "task": buffers}
+            training = {"optimizer": running.raw_optimizer.state_dict(), "task": buffers, "previous": self.previous}
             training |= {} if scaler is None else {"scaler": scaler.state_dict()}
             weights = {"model": self.model} | ({} if running.ema is None else {"ema": running.ema.module})
             self.folder.save(weights, training, self.progress)

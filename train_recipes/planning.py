@@ -149,7 +149,7 @@ def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
         task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=settings.free, **more)
     except ValueError as error:
         raise RunError(f"--start {settings.start}: {error}") from error
-    cheap, dear = task.shares(torch.zeros(2, *outlook.input_size, device=next(model.parameters()).device))
+    cheap, dear = task.shares(outlook.input_size)
     if task.target is not None and not cheap < task.target < dear and not settings.max_steps:  # a dry run goes on
         raise RunError(
             f"--target must lie between {cheap:.3f} and {dear:.3f}, the shares of the dense cost without and with the "
