@@ -49,6 +49,35 @@ def test_meets_the_target_on_other_images(fraction: float) -> None:
     assert _share(model, _images(256, 1)) == pytest.approx(fraction, abs=0.02)
 
 
+def test_moving_gates_counts_exits_as_they_are() -> None:
+    model, images = _model(), _images(128, 0)
+    model.layer_gates.threshold.fill_(0.3)
+    model.channel_gates.threshold.fill_(0.4)
+    td.calibrate(model, images, 0.4, use="exits")
+    levels = model.exits.levels
+    assert model.exits.calibrated
+    cheapest, dearest = [], []
+    for threshold, found in ((1.5, cheapest), (0.0, dearest)):
+        model.layer_gates.threshold.fill_(threshold)
+        model.channel_gates.threshold.fill_(threshold)
+        found.append(_share(model, images))
+    wanted = (cheapest[0] + dearest[0]) / 2
+    found = td.calibrate(model, images, wanted, use="gates")
+    assert found.fraction == pytest.approx(_share(model, images), abs=1e-9)
+    assert found.fraction == pytest.approx(wanted, abs=0.006)
+    assert model.exits.levels == levels
+    assert found.confidence == min(levels)
+
+
+def test_an_exit_that_nobody_can_leave_at_is_not_paid_for() -> None:
+    model, images = _model(), _images(64, 0)
+    model.exits.set_confidence([NEVER, 0.3])
+    model.layer_gates.threshold.fill_(0.0)
+    model.channel_gates.threshold.fill_(0.0)
+    found = td.calibrate(model, images, _share(model, images), use="gates")
+    assert found.fraction == pytest.approx(_share(model, images), abs=1e-9)
+
+
 def test_moving_exits_leaves_gates_where_they_are() -> None:
     model, images = _model(), _images(64, 0)
     model.layer_gates.threshold.fill_(0.3)

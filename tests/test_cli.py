@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 import timm_dynamic as td
 from timm_dynamic import cifar, registry
 from timm_dynamic.cli import app, images, models, rows, tables
+from timm_dynamic.evaluation import evaluate, held_out_places
 from timm_dynamic.hub import save_pretrained
 
 CLASSES = ("cat", "dog", "eel")
@@ -371,6 +373,35 @@ def test_evaluate_against_another_network(saved: Path, data: Path, tmp_path: Pat
     table = Ran("evaluate", name, *args).out
     assert f"{100 * beside['difference']:+.2f} points (standard error {100 * beside['standard_error']:.2f})" in table
     refused("no folder", "evaluate", name, "--data", data, "--against", f"local-dir:{tmp_path / 'none'}")
+
+
+def test_evaluate_calibrates_first(saved: Path, data: Path, tmp_path: Path) -> None:
+    """On the images of train/ that are held out; the thresholds are those that `td.calibrate` sets on them."""
+    generator = np.random.default_rng(5)
+    for name in CLASSES:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / ("train" if i < 25 else "val") / name / f"{i}.png")
+    model = network()
+    folder, places = images.open_held_out(tmp_path, model, images.Preparation(model), 60)
+    assert len(places) == 60
+    assert places == held_out_places(75, 60)
+    found = td.calibrate(model, list(images.batches(folder, 64, 0, places)), 0.5)
+    args = ("evaluate", f"local-dir:{saved}", "--data", tmp_path, "--calibrate", 0.5, "--held-out", 60, "--json")
+    row = Ran(*args).json
+    assert row["calibrated"] == dataclasses.asdict(found)
+    assert row["macs"] == evaluate(model, images.batches(folder_of(tmp_path / "val", model), 64, 0)).macs
+    for more in ((), ("--held-out", 60, "--exit", 0)):
+        wanted = "without a budget" if more else "--calibrate SHARE and --held-out N go together"
+        refused(wanted, "evaluate", f"local-dir:{saved}", "--data", tmp_path, "--calibrate", 0.5, *more)
+    refused("1 to 74 can be held out; found 75", *args[:-2], 75)
+    refused("no folder", *args[:3], data, *args[4:])
+
+
+def folder_of(root: Path, model: nn.Module) -> images.Folder:
+    return images.open_folder(root, model, images.Preparation(model))
 
 
 def test_evaluate_refuses_in_one_line(saved: Path, data: Path, tmp_path: Path) -> None:

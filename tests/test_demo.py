@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,26 @@ def test_calibrated_thresholds_are_where_the_slider_starts() -> None:
     assert Comparison(model).knob.start == 0.37
     model.layer_gates.threshold[0] = 0.9  # no single place of the slider stands for these
     assert Comparison(model).knob.start == 0.5
+
+
+def test_where_the_slider_starts_the_network_is_the_saved_one(picture: Image.Image) -> None:
+    """To the last digit of its thresholds, and with one for each unit, as a static policy has."""
+    model = network(("layer",))
+    for levels in (torch.tensor([0.0, 2.0] * 4), torch.full((8,), 0.500824)):
+        model.layer_gates.threshold.copy_(levels)
+        found = Comparison(model)
+        found(picture, 0.0)
+        wanted = predict(model, found.transform(picture), LABELS)
+        assert found(picture).dynamic["units"] == wanted["units"]
+        assert torch.equal(found._fast.layer_gates.threshold, levels)
+
+
+def test_the_slider_starts_on_the_slider() -> None:
+    table = td.cost_table(network(), (3, 32, 32))
+    for low in range(70, 100):
+        stops = tuple(replace(stop, dearest=round(low * table.dense / 100)) for stop in table.exits)
+        knob = demo_compare.knob_of(network(), replace(table, exits=stops))
+        assert knob.low <= knob.start <= knob.high
 
 
 def test_the_outcome_is_what_the_model_says_under_that_budget(compare: Comparison, picture: Image.Image) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import timm_dynamic as td
 from timm_dynamic.analyses import observe
-from timm_dynamic.exchange import _correct, exchange
+from timm_dynamic.exchange import _correct, _differs, exchange
 from timm_dynamic.spreading import spread_gates
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -44,6 +44,11 @@ def batches() -> list[tuple[Tensor, Tensor]]:
         (torch.randn(n, 3, SIZE, SIZE, generator=generator), torch.randint(4, (n,), generator=generator))
         for n in (5, 4)
     ]
+
+
+def test_a_difference_that_is_the_same_for_all_images() -> None:
+    assert _differs(torch.zeros(9)) == 1.0
+    assert _differs(torch.ones(9)) == 0.0
 
 
 @pytest.mark.parametrize("parts", [("layers",), ("channels",), ("layers", "channels", "exits")])

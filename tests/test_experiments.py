@@ -141,7 +141,7 @@ def test_the_gain_over_the_best_static_policy(tmp_path: Path) -> None:
     summary = yaml.safe_load((output / "summary.json").read_text())
     static = yaml.safe_load((output / "static" / "summary.json").read_text())
     assert summary["adaptive_gain"] == summary["dynamic"]["accuracy"] - static["dynamic"]["accuracy"]
-    assert 0 < summary["adaptive_gain_error"] < 0.05, "of some hundred images"
+    assert 0 < summary["adaptive_gain_error"] < 0.2, "of 50 images"
     kept = yaml.safe_load((output / "static" / "settings.json").read_text())
     alone = kept["stages"][0]
     assert alone["iterations"] == 6, "as long as the two stages that it is compared with"

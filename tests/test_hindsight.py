@@ -11,6 +11,7 @@ from test_tasks import random_norms
 from torch import nn
 
 import timm_dynamic as td
+from timm_dynamic.budgets import set_price
 from timm_dynamic.evaluation import costs_of
 from timm_dynamic.hindsight import HindsightTask, without_last
 
@@ -75,6 +76,19 @@ def test_shares_are_what_a_forced_run_costs() -> None:
     for share, policy in zip(found, (SHORT, POLICY), strict=True):
         with torch.no_grad(), td.force(model.eval(), layer_keep=torch.tensor([[d == "1" for d in policy]])):
             assert share == pytest.approx(td.decide(model, x).macs[0].item() / dense)
+
+
+def test_shares_in_another_unit_than_macs() -> None:
+    model, (x, _) = network(), batch()
+    table = td.cost_table(model, SIZE, "energy_mj", energy={"pj_per_mac": 10.0, "pj_per_byte": 1.0})
+    set_price(model, table)
+    task = HindsightTask(model, table.dense, 100, layers=POLICY, free=2, target=0.9).train()
+    cheap, dear = task.shares(SIZE)
+    macs = task_of(network()).shares(SIZE)
+    assert 0 < cheap < dear < 1
+    assert cheap != pytest.approx(macs[0], abs=1e-3), "bytes are counted too"
+    with td.force(model, layer_keep=torch.tensor([[digit == "1" for digit in POLICY]])):
+        assert dear == pytest.approx((td.decide(model, x).cost / table.dense).mean().item(), rel=1e-5)
 
 
 def test_worth_is_the_difference_of_the_losses_of_the_network_as_it_is() -> None:

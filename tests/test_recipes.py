@@ -137,6 +137,22 @@ def test_a_killed_run_goes_on_to_the_same_numbers(whole: Path, tmp_path: Path, s
     same_run(whole, output)
 
 
+@pytest.mark.parametrize(("recipe", "stop_after"), [("skipnet", 15), ("ddi", 21)])
+def test_killed_where_a_stage_goes_on_from_the_one_before(recipe: str, stop_after: int, tmp_path: Path) -> None:
+    """What a stage learned from the one before it (such as alpha) outlives a kill in its middle."""
+    stages = skipnet.METHODS["sp+hrl"] if recipe == "skipnet" else ddi.STAGES
+    changes: dict[str, Any] = {"stages": stages, "recipe": recipe, "max_steps": 6, "evaluations": 1}
+    changes |= {"checkpoint_every": 2, **({"method": "sp+hrl"} if recipe == "skipnet" else {})}
+    run(tmp_path / "whole", **changes)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", stop_after, **changes)
+    newest = RunFolder(tmp_path / "run").newest()
+    assert newest is not None
+    assert int(newest.name) % 6, "in the middle of a stage"
+    run(tmp_path / "run", resume=True, **changes)
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
 REINFORCED: dict[str, Any] = {"recipe": "skipnet", "method": "sp+hrl", "distill": 1.0, "ema": 0.9}
 
 

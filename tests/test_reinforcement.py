@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import timm_dynamic as td
 from timm_dynamic import losses
+from timm_dynamic.families import units
 from timm_dynamic.reinforcement import ReinforceTask
 
 UNITS = 4
@@ -272,3 +273,16 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 def test_reinforcement_needs_gates() -> None:
     with pytest.raises(ValueError, match="the model has none"):
         ReinforceTask(timm.create_model("resnet20_cifar"), 1, 1)
+
+
+@pytest.mark.parametrize("gate", ["rnn", "linear"])
+def test_nothing_is_learned_from_units_that_are_shut_for_good(gate: str) -> None:
+    """Nobody drew their decisions, though an RNN gate's weights are those of all units."""
+    model = network(gate)
+    td.shut_units(model, [unit.name for unit in units(model)[1:]])
+    options = {"supervised": False, "entropy": 0.1, "information": 0.1}
+    found = task(model, **options)(*batch(6))
+    assert gradient(found["loss"], model.layer_gates).abs().sum() == 0
+    td.shut_units(model, [])
+    found = task(model, **options)(*batch(6))
+    assert gradient(found["loss"], model.layer_gates).abs().sum() > 0

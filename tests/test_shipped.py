@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 import timm_dynamic as td
 from timm_dynamic import cifar, hub, registry, shipped
 from timm_dynamic.cli import app
+from timm_dynamic.evaluation import in_points
 from timm_dynamic.surgery import PARTS
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ def add_run(folder: Path, model: Any, base: Any) -> Path:
     """What a recipe leaves behind, as far as shipping looks at it."""
     hub.save_pretrained(model, folder)
     hub.save_pretrained(base, folder / "base")
-    (folder / "settings.json").write_text(json.dumps({"seed": 5, "holdout": 55}))
+    (folder / "settings.json").write_text(json.dumps({"seed": 5, "holdout": 55, "dataset": "folder"}))
     (folder / "summary.json").write_text("{}")
     return folder
 
@@ -107,7 +108,7 @@ class Shop:
             self.lines[full] = self.ship(run, full, holdout=55 if full == DDI else None)
 
     def order(self, run: Path, full: str, **changes: Any) -> ship.Order:
-        given = {"dataset": "three colours", "targets": (0.5, 0.0001), **changes}
+        given = {"dataset": "three colours", "targets": (0.5, 0.0001), "start": "From nothing at all.", **changes}
         return ship.Order(run, full.partition(".")[2], self.data, COMMAND, **given)
 
     def ship(self, run: Path, full: str, **changes: Any) -> list[str]:
@@ -333,6 +334,9 @@ def test_the_gain_is_measured_on_the_same_images(shop: Shop) -> None:
     assert metrics["static"] == {"accuracy": static["accuracy"], "macs": 9_000_000, "policy": "101", "share": 0.1}
     assert metrics["adaptive_gain"] == metrics["dynamic"]["accuracy"] - static["accuracy"]
     assert "static" not in shop.config(SKIPNET)["metrics"]
+    beside = evaluated(shop, DDI, "--against", f"local-dir:{shop.root.parent / 'runs' / DDI / 'static'}")["against"]
+    assert beside["difference"] == pytest.approx(metrics["adaptive_gain"])
+    assert beside["standard_error"] == metrics["adaptive_gain_error"] > 0
 
 
 def test_which_images_are_held_out(shop: Shop) -> None:
@@ -358,7 +362,9 @@ def test_a_card_tells_all(shop: Shop) -> None:
         "three colours, the 60 images of `val`",
         f"timm-dynamic evaluate {DDI} --data DIR --device cpu",
         "55 images of the training set, held out in training,",
-        f"adaptive gain: {100 * gain:+.2f} points over the best static policy that was trained for as long (",
+        f"adaptive gain: {in_points(gain, metrics['adaptive_gain_error'])} against the static policy beside it",
+        "\n```\n\nFrom nothing at all.\n",
+        "--calibrate SHARE --held-out 55",
         f"({static['accuracy']:.2%} at 9.00 M)",
         f"patterns of layers that occur: {metrics['dynamic']['policies']} (",
         f'timm.create_model("{DDI}", pretrained=True)',

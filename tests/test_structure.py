@@ -14,7 +14,7 @@ PACKAGE = Path(td.__file__).parent
 RECIPES = PACKAGE.parent / "train_recipes"
 # Each module imports from those before it only. "" is the package itself, timm_dynamic/__init__.py.
 ORDER = [
-    *("version", "configs", "safety", "shipped"),
+    *("version", "configs", "safety", "shipped", "modes"),
     *("losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
     *("counting", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration", "spreading"),
     "shutting",

@@ -244,3 +244,35 @@ def test_steering_meets_the_target() -> None:
     assert min(shares) > 0.45, "overshoot"
     assert sum(shares[-50:]) / 50 == pytest.approx(0.5, abs=0.02)
     assert task.alpha.item() == pytest.approx(0.3, abs=0.1)
+
+
+def test_following_layers_gives_every_parameter_that_learns_a_gradient() -> None:
+    """Channel gates have no part in it; processes wait for the gradients of all."""
+    model = network()
+    task = FollowTask(model, "1" * len(model.layer_gates)).train()
+    gates = [*model.layer_gates.parameters(), *model.channel_gates.parameters()]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in gates:
+        p.requires_grad_(True)
+    task(torch.randn(4, 3, 32, 32), torch.arange(4))["loss"].backward()
+    assert all(p.grad is not None for p in gates)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_parts_of_a_batch_steer_as_the_whole_would(channels: bool) -> None:
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    moved = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = td.add_layer_gates(timm.create_model("resnet20_cifar"), td.LayerGateConfig(init="open"))
+        model = td.add_channel_gates(model) if channels else model
+        task = DynamicTask(model, 10_000_000, 100, target=0.5, anneal=0.0, parts=parts).train()
+        before = model.layer_gates.fc.bias.item()
+        for a, b in zip(x.repeat(parts, 1, 1, 1).chunk(parts), y.repeat(parts).chunk(parts), strict=True):
+            task(a, b)
+        moved.append((task.alpha.item(), model.layer_gates.fc.bias.item() - before))
+    assert moved[0][0] > 0.05
+    assert moved[1][0] == pytest.approx(moved[0][0], rel=0.2)
+    assert moved[1][1] == pytest.approx(moved[0][1], rel=0.2)
+    assert bool(moved[0][1]) == channels

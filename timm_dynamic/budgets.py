@@ -64,6 +64,9 @@ def set_budget(
             raise ValueError("input_size= and table= go with a budget; found none")
         dynamic.budget = dynamic.limit = None
         return model
+    fraction, latency_ms, energy_mj, exit, confidence = map(
+        _scalar, (fraction, latency_ms, energy_mj, exit, confidence)
+    )
     budget = BudgetConfig(_plain(macs), fraction, latency_ms, energy_mj, exit, confidence, input_size)
     dynamic.limit = check_budget(model, budget, table)
     dynamic.budget = budget
@@ -98,6 +101,8 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
     exits = len(counted.exits)
     if getattr(model, "num_classes", None) == 0:
         raise ValueError(f"a budget needs a model that classifies; {families.model_name(model)!r} has num_classes=0")
+    if budget.confidence is not None and getattr(model, "num_classes", None) == 1:
+        raise ValueError("confidence= needs two classes or more: of one every image is sure; found num_classes=1")
     if budget.exit is not None and budget.exit >= exits:
         raise ValueError(f"exit must be in 0..{exits - 1} for {families.model_name(model)!r}; found {budget.exit}")
     if table is not None and budget.unit not in ("latency_ms", "energy_mj"):
@@ -143,7 +148,13 @@ def _plain(macs: Any) -> int | tuple[int, ...] | None:
     return _whole(values)
 
 
+def _scalar(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
 def _whole(value: Any) -> int:
+    value = _scalar(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
         raise ValueError(f"macs must be whole numbers, one or one for each image; found {value!r}")
     return int(value)

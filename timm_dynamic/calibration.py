@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .configs import one_of, positive
 from .exits import NEVER
+from .modes import modes_kept
 from .walk import Log, Walk, dynamic_of, table_for
 
 FEWEST = 50  # images
@@ -295,15 +296,15 @@ def _set(model: Any, threshold: float | None, confidence: float | None) -> None:
 
 @contextmanager
 def kept(model: Any) -> Iterator[None]:
-    """Eval mode without forced decisions for a while; mode, thresholds and forcing are put back."""
-    training, forced = model.training, model.dynamic.forced
+    """Eval mode without forced decisions for a while; modes, thresholds and forcing are put back."""
+    forced = model.dynamic.forced
     parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
     before = [part.threshold.clone() for part in parts]
     model.dynamic.forced = None
     try:
-        yield model.eval()
+        with modes_kept(model):
+            yield model.eval()
     finally:
-        model.train(training)
         model.dynamic.forced = forced
         for part, threshold in zip(parts, before, strict=True):
             part.threshold.copy_(threshold)

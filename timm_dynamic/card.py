@@ -24,8 +24,10 @@ DATASETS = {  # first word of a tag or the `dataset` of the metrics -> name, id 
 }
 COLUMNS = ("accuracy", "macs", "max_macs")
 # what has a place of its own on a card, beside `dense`, `dynamic`, `exits` and `budgets`
-NOT_NUMBERS = ("dataset", "split", "images", "training", "command", "seed", "license", "base_model")
-NOT_NUMBERS += ("adaptive_gain", "adaptive_gain_error")
+NOT_NUMBERS = (
+    *("dataset", "split", "images", "training", "command", "start", "seed", "license", "base_model"),
+    *("adaptive_gain", "adaptive_gain_error"),
+)
 
 
 def model_card(
@@ -81,6 +83,7 @@ def _told(metrics: Mapping[str, Any], source: str, dataset: str) -> dict[str, An
     return {
         "training": training or f"With seed {metrics['seed']}, by this command of the repository of timm_dynamic:",
         "command": command,
+        "start": metrics.get("start"),
         "measured_on": measured,
         "split": metrics.get("split"),
         "measure_again": _evaluate_command(source, metrics),
@@ -117,8 +120,8 @@ def _decisions(metrics: Mapping[str, Any]) -> Iterator[str]:
         static = metrics.get("static") or {}
         beside = f" ({static['accuracy']:.2%} at {_macs(static['macs'])})" if static else ""
         yield (
-            f"adaptive gain: {in_points(metrics['adaptive_gain'], metrics.get('adaptive_gain_error'))} over the best "
-            f"static policy that was trained for as long{beside}"
+            f"adaptive gain: {in_points(metrics['adaptive_gain'], metrics.get('adaptive_gain_error'))} against the "
+            f"static policy beside it, trained for as long{beside}"
         )
 
 
@@ -143,13 +146,18 @@ def _calibration(found: Any) -> dict[str, Any] | None:
     rows = [
         {
             "target": f"{row['target']:.0%}",
-            "threshold": f"{row['threshold']:.4g}",
+            "threshold": f"{row['threshold']:.4g}" if row["threshold"] else "0: all that are not shut",
             "confidence": "none leaves" if row["confidence"] is None else f"{row['confidence']:.4g}",
         }
         for row in found["rows"]
     ]
-    exits = any(row["confidence"] is not None for row in found["rows"])
-    return {"images": f"{found['images']:,}", "held_out": found.get("held_out", False), "rows": rows, "exits": exits}
+    return {
+        "images": f"{found['images']:,}",
+        "count": found["images"],
+        "held_out": found.get("held_out", False),
+        "rows": rows,
+        "exits": any(row["confidence"] is not None for row in found["rows"]),
+    }
 
 
 def _card_data(
@@ -209,7 +217,9 @@ def _rows(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every measured point, as rows with a name."""
     if metrics.get("accuracy") is not None:
         yield {"name": "this model", **{key: metrics.get(key) for key in COLUMNS}}
-    for key, name in (("dense", "base network, dense"), ("dynamic", "without budget")):
+    early = isinstance(metrics.get("dynamic"), Mapping) and metrics["dynamic"].get("confidence")
+    whole = "as saved: images leave when sure" if early else "without budget"
+    for key, name in (("dense", "base network, dense"), ("dynamic", whole)):
         if isinstance(metrics.get(key), Mapping):
             yield {"name": name, **metrics[key]}
     for row in metrics.get("exits") or ():

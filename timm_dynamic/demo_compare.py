@@ -114,7 +114,7 @@ class Knob:
         low: of the slider; for a budget the smallest that is possible.
         high: of the slider.
         step: of the slider.
-        start: where it stands at first.
+        start: where it stands at first; there a threshold is the network's own, whatever its further digits.
     """
 
     kind: str
@@ -134,7 +134,7 @@ def knob_of(model: Any, table: CostTable) -> Knob:
         low = math.ceil(100 * table.exits[0].dearest / table.dense)
         most = math.ceil(100 * table.exits[-1].dearest / table.dense)  # less where units are shut for good
         high = max(min(100, most), low + 1)
-        return Knob("budget", low, high, 1, max(low, 5 * round((low + high) / 10)))
+        return Knob("budget", low, high, 1, min(high, max(low, 5 * round((low + high) / 10))))
     parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
     levels = {round(value, 6) for part in parts for value in part.threshold.flatten().tolist()}
     own = levels.pop() if len(levels) == 1 else 0.5
@@ -189,6 +189,7 @@ class Comparison:
         self.dense = optimize_for_inference(dense if dense is not None else strip(copy.deepcopy(model)))
         self._fast = optimize_for_inference(model)
         self._fast.dynamic.forced = None
+        self._own = [gates.threshold.clone() for gates in self._gates()]
         self._lock = threading.Lock()
 
     @staticmethod
@@ -224,9 +225,12 @@ class Comparison:
             set_budget(self._fast, fraction=value / 100, input_size=self.prepare.input_size)
             return
         with torch.inference_mode(False):
-            for part in ("layer_gates", "channel_gates"):
-                if hasattr(self._fast, part):
-                    getattr(self._fast, part).threshold.fill_(value)
+            for gates, own in zip(self._gates(), self._own, strict=True):
+                # where the slider starts it is rounded, and there can be one for each unit
+                gates.threshold.copy_(own if value == self.knob.start else torch.full_like(own, value))
+
+    def _gates(self) -> list[Any]:
+        return [getattr(self._fast, part) for part in ("layer_gates", "channel_gates") if hasattr(self._fast, part)]
 
     def _times(self, x: Tensor) -> tuple[float, float, int]:
         """Milliseconds of both, and how many tries there were: other work on the machine spoils some of them."""

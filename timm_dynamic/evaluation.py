@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .costs import CostTable
 from .forward import decide
 from .measure import cost_table
+from .modes import modes_kept
 from .walk import table_for
 
 NEAR = 0.02  # by how much a static policy may be dearer than the network that it is compared with
@@ -99,19 +100,15 @@ def collect(
     Arguments and errors are those of `evaluate`.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     found: list[Rows] = []
     table: CostTable | None = None
-    try:
-        with torch.no_grad():
-            for x, y in loader:
-                x, y = x.to(device), y.to(device)
-                table = table or costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
-                rows = rows_of(model, x, y, table)
-                found.append({k: v.cpu() for k, v in (gather(rows) if gather else rows).items()})
-    finally:
-        model.train(was_training)
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            table = table or costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
+            rows = rows_of(model, x, y, table)
+            found.append({k: v.cpu() for k, v in (gather(rows) if gather else rows).items()})
     if table is None:
         raise ValueError("the loader holds no images to evaluate on")
     return {key: torch.cat([rows[key] for rows in found]) for key in found[0]}, table

@@ -65,7 +65,9 @@ def _differs(values: Tensor) -> float:
     """Two-sided p-value of the t-test that differences [N] are 0 on the mean."""
     from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp(values.numpy(), 0.0).pvalue) if bool((values != values[0]).any()) else 1.0
+    if not bool((values != values[0]).any()):
+        return float(values[0] == 0)
+    return float(ttest_1samp(values.numpy(), 0.0).pvalue)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .configs import ExitConfig
+from .gates import Exact
 
 NEVER = 2.0  # a confidence that no softmax reaches
 
@@ -55,8 +56,10 @@ class ExitHead(nn.Module):
         return self.fc(self.pools(self.pre(x)).mean((2, 3)))
 
 
-class Exits(nn.Module):
+class Exits(Exact):
     """The branch classifiers of a network and the units after which they stand."""
+
+    EXACT = "confidence"
 
     def __init__(self, config: ExitConfig, after: Sequence[int], heads: Sequence[ExitHead]) -> None:
         super().__init__()
@@ -81,8 +84,10 @@ class Exits(nn.Module):
 
     def set_confidence(self, levels: Sequence[float]) -> None:
         """Let images leave in eval at exit `i` when they are at least `levels[i]` sure; above 1 means never."""
-        self.confidence = torch.tensor(levels, dtype=self.confidence.dtype, device=self.confidence.device)
-        self.levels = tuple(self.confidence.tolist())
+        values = torch.tensor(levels, dtype=self.confidence.dtype)
+        with torch.no_grad():
+            self.confidence.copy_(values)
+        self.levels = tuple(values.tolist())
 
 
 def _read_levels(exits: nn.Module, keys: object) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -48,6 +48,20 @@ def open_gate(linear: nn.Linear, prob: float = OPEN_PROB) -> None:
 def thresholds(count: int) -> nn.Buffer:
     """For each gated unit the probability from which on it keeps, in eval (0.5, eq. 7, until calibrated)."""
     return nn.Buffer(torch.full((count,), 0.5))
+
+
+class Exact(nn.Module):
+    """A part whose `EXACT` buffer stays in float32 when the network is cast: decisions hang on its last digits."""
+
+    EXACT = "threshold"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = getattr(self, self.EXACT)
+        super()._apply(fn, recurse)
+        now = getattr(self, self.EXACT)
+        if now.dtype != before.dtype:
+            setattr(self, self.EXACT, before.to(now.device))
+        return self
 
 
 class GateSite(NamedTuple):
@@ -127,7 +141,7 @@ def shut_places(shut: Iterable[str], gated: Sequence[str]) -> frozenset[int]:
     return frozenset(places[name] for name in shut)
 
 
-class FeedForwardGates(nn.Module):
+class FeedForwardGates(Exact):
     """One gate of its own for each gated unit."""
 
     def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
@@ -153,7 +167,7 @@ class FeedForwardGates(nn.Module):
         self.gates, self.threshold = self.gates[:count], self.threshold[:count]
 
 
-class RecurrentGates(nn.Module):
+class RecurrentGates(Exact):
     """RNNGate: one LSTM cell shared by all units (SkipNet, section 3.1, fig. 3c).
 
     A projection to the cell's input for each input width (each unit in a DenseNet). The state starts at zero in each
@@ -249,7 +263,7 @@ class NarrowDenseGate(nn.Sequential):
         self.add_module("fc", nn.Linear(site.growth, groups))
 
 
-class ChannelGates(nn.Module):
+class ChannelGates(Exact):
     """One channel gate for each gated unit, deciding for all of the unit's hidden widths at once."""
 
     def __init__(self, config: ChannelGateConfig, sites: Sequence[GateSite]) -> None:

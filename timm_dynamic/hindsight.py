@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
+from .modes import modes_kept
 from .surgery import force
 from .tasks import GATES, TINY, DynamicTask, following, mean_over_processes, zero_of_all
-from .walk import table_for
+from .walk import dynamic_of, table_for
 
 MOST_WEIGHT = 2.0  # nats; no image counts for more
 
@@ -91,7 +92,7 @@ class HindsightTask(DynamicTask):
 
         input_size: (channels, height, width) of an image.
         """
-        table = self.model.dynamic.priced or table_for(self.model, input_size)
+        table = dynamic_of(self.model).priced or table_for(self.model, input_size)
         cheap, dear = (table.price(self.policies.cpu()).double() / self.dense_cost).tolist()
         return cheap, dear
 
@@ -127,16 +128,14 @@ class HindsightTask(DynamicTask):
         """Batch norms in eval mode, and no gradient for anything but the gates."""
         parts = [part for name, part in self.model.named_children() if name not in GATES]
         learning = [p for part in parts for p in part.parameters() if p.requires_grad]
-        modes = [module for part in parts for module in part.modules() if module.training]
         for p in learning:
             p.requires_grad_(False)
-        for part in parts:
-            part.eval()
         try:
-            yield
+            with modes_kept(self.model):
+                for part in parts:
+                    part.eval()
+                yield
         finally:
-            for module in modes:
-                module.training = True
             for p in learning:
                 p.requires_grad_(True)
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .card import MARK, model_card
 from .families import model_name
+from .measure import cost_table
 from .safety import CONFIG, WEIGHTS
 from .shipped import config_of, folder_of
 from .surgery import PARTS
@@ -120,6 +121,7 @@ def _twin_card(architecture: str, tag: str) -> str:
 def _save(model: nn.Module, folder: Path, metrics: Mapping[str, Any] | None, source: str) -> None:
     if not isinstance(getattr(model, "pretrained_cfg", None), dict) or not timm.is_model(base_name(model)):
         raise ValueError(f"only models of timm.create_model can be saved; found {type(model).__name__}")
+    _check_metrics(metrics)
     tensors = _tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -130,9 +132,37 @@ def _save(model: nn.Module, folder: Path, metrics: Mapping[str, Any] | None, sou
         card = model_card(model, config["architecture"], base_name(model), source, metrics)
         (inside / CARD).write_text(card, encoding="utf-8")
         save_file(tensors, inside / WEIGHTS, metadata={"format": "pt"})
+        (inside / WEIGHTS).chmod((inside / CONFIG).stat().st_mode)  # safetensors lets the owner alone read it
         for name in FILES:
             if name != CARD or is_ours(folder / CARD):
                 os.replace(inside / name, folder / name)
+
+
+def _check_metrics(metrics: Any, where: str = "metrics") -> None:
+    """Raise unless metrics, and the rows in them, are what a card can show.
+
+    Raises:
+        ValueError: which names the value, what was wanted and what was found.
+    """
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"{where} must be a mapping; found {metrics!r}")
+    config_text(dict(metrics))
+    for name, value in metrics.items():
+        place = f"{where}[{name!r}]"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "accuracy" and not (number and 0 <= value <= 1):
+            raise ValueError(f"{place} must be in 0..1; found {value!r}")
+        if name in ("macs", "max_macs") and not (number and value >= 0):
+            raise ValueError(f"{place} must be a number of MACs; found {value!r}")
+        if name in ("dense", "dynamic"):
+            _check_metrics(value, place)
+        if name in ("exits", "budgets"):
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{place} must be a list; found {value!r}")
+            for k, row in enumerate(value):
+                _check_metrics(row, f"{place}[{k}]")
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -161,6 +191,13 @@ def _parts(model: Any) -> dict[str, Any]:
     """The arguments that make a model's parts: a dict each, False for those it has not."""
     parts = {part: getattr(model, part).config.to_dict() if hasattr(model, part) else False for part in PARTS}
     budget = model.dynamic.budget if hasattr(model, "dynamic") else None
+    if budget is not None and budget.energy_mj is not None:
+        limit = model.dynamic.limit
+        if limit is None or limit != cost_table(model, limit.input_size, "energy_mj"):
+            raise ValueError(
+                "a budget in millijoules by another table than the default one cannot be saved: lift it by "
+                "set_budget(model), and set it again after loading"
+            )
     return {**parts, "budget": budget.to_dict() if budget is not None else False}
 
 
@@ -170,7 +207,6 @@ def _config(model: Any, path: Path, metrics: Mapping[str, Any] | None) -> dict[s
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": architecture}}
     if metrics:
         extra["metrics"] = dict(metrics)
-    config_text(extra)
     save_config_for_hf(model, str(path), model_config=extra, model_args=parts)
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not any(parts.values()):

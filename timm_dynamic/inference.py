@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import families
 from .counting import on_meta
-from .gates import RNN_SIZE, Memory, RecurrentGates, pooled
+from .gates import RNN_SIZE, Exact, Memory, RecurrentGates, pooled
 
 
 def optimize_for_inference(model: Any) -> Any:
@@ -38,7 +38,7 @@ def optimize_for_inference(model: Any) -> Any:
 def _optimized(model: Any) -> Any:
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     if hasattr(fast, "dynamic"):
-        fast.dynamic.origin, fast.dynamic.slices = on_meta(model), {}
+        fast.dynamic.origin, fast.dynamic.slices = fast.dynamic.origin or on_meta(model), {}
     for unit in families.units(fast):
         _fold_unit(unit)
         if hasattr(fast, "dynamic") and unit.kind.branch is None:
@@ -52,7 +52,7 @@ def _optimized(model: Any) -> Any:
     return fast.to(memory_format=torch.channels_last)
 
 
-class FoldedRecurrentGates(nn.Module):
+class FoldedRecurrentGates(Exact):
     """`RecurrentGates` in eval with projection and input weights folded into one matrix for each input width."""
 
     def __init__(self, gates: RecurrentGates) -> None:

@@ -34,8 +34,9 @@ class Rule:
         leave = torch.full((walk.images(),), last, dtype=torch.bool, device=walk.x.device)
         if last:
             return (leave if walk.alive is None else walk.alive), None
-        if walk.forced is not None and walk.forced.exit is not None:
-            leave = leave | (walk.mine(walk.forced.exit) <= index)
+        forced = None if walk.forced is None else walk.forced.exit
+        if forced is not None:
+            leave = leave | (walk.mine(forced) <= index)
         if self.most is not None:
             assert walk.limit is not None
             leave = leave | (walk.limit.spent + walk.limit.table.segment(index + 1) > walk.mine(self.most))
@@ -44,7 +45,7 @@ class Rule:
         elif self.levels is not None and self.levels[index] <= 1:
             logits = walk.classify(index, walk.x)
             walk.pay_exit(index)
-            if walk.forced is None or walk.forced.exit is None:
+            if forced is None:
                 leave = leave | confident(logits, self.levels[index])
         return (leave if walk.alive is None else leave & walk.alive), logits
 
@@ -82,14 +83,16 @@ _NAMES = {"macs": "MACs", "latency_ms": "ms", "energy_mj": "mJ"}
 
 
 def leave_early(walk: Walk, batch: int, keep_all: bool = False) -> tuple[Tensor, list[Tensor | None], Any, Any]:
-    """Walk until every image has left.
+    """Walk until every image has left; without classes, and in a graph of torch.fx, all go to the head.
 
     Returns:
         Logits [B, classes]; those of each exit if `keep_all`; exit index and MACs of each image.
     """
     budget = walk.model.dynamic.budget
     calibrated = walk.exits is not None and walk.exits.calibrated
-    if budget is None and not calibrated and (walk.forced is None or walk.forced.exit is None):
+    free = budget is None and not calibrated and (walk.forced is None or walk.forced.exit is None)
+    classless = getattr(walk.model, "num_classes", None) == 0  # the head's features are what is wanted
+    if free or classless or isinstance(walk.x, torch.fx.Proxy):
         last = len(walk.stops) - 1
         walk.to_exit(last)
         logits = walk.classify(last, walk.x)

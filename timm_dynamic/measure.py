@@ -15,6 +15,7 @@ from . import families
 from .configs import EnergyConfig, check_input_size, one_of
 from .costs import CostTable
 from .counting import MacMeter, alone, build_table, count_macs, on_meta
+from .modes import modes_kept
 from .surgery import force
 from .walk import Walk
 
@@ -53,26 +54,26 @@ def cost_table(
     size = check_input_size(input_size)
     if energy is not None and unit != "energy_mj":
         raise ValueError(f"energy= goes with unit='energy_mj'; found unit={unit!r}")
+    counted = getattr(getattr(model, "dynamic", None), "origin", None) or model  # of an optimised copy
     if unit == "macs":
-        return count_macs(model, size)
+        return count_macs(counted, size)
     if unit == "energy_mj":
         config = EnergyConfig.make(energy)
-        table = alone(lambda: build_table(on_meta(model), size, EnergyMeter(config)), model, size)
+        table = alone(lambda: build_table(on_meta(counted), size, EnergyMeter(config)), model, size)
         return table if config.parts is None else table.with_parts(config.parts)
     families.units(model)
-    training = model.training
-    try:
+    with modes_kept(model):
         return _measure_latency(model.eval(), size)
-    finally:
-        model.train(training)
 
 
 def machine_name(model: nn.Module) -> str:
-    """What a latency depends on beside the model: processor or GPU, threads, torch."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} {platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    """What a latency depends on beside the model: processor or GPU, threads, torch, precision, optimised or not."""
+    like = next(model.parameters())
+    optimised = getattr(getattr(model, "dynamic", None), "origin", None) is not None
+    how = f"torch {torch.__version__}, {str(like.dtype).removeprefix('torch.')}" + (", optimised" if optimised else "")
+    if like.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(like.device)}, {how}"
+    return f"{platform.machine()} {platform.processor()}, {torch.get_num_threads()} threads, {how}"
 
 
 class EnergyMeter(MacMeter):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import families, units
 from .costs import CostTable
-from .counting import count_macs
 from .exits import confident
 from .inference import FoldedRecurrentGates, optimize_for_inference
+from .measure import cost_table
 from .onnx_graph import Graph
 from .onnx_ops import Value, pool, translate
 
@@ -70,7 +70,7 @@ def take_apart(model: Any, input_size: tuple[int, int, int]) -> Net:
     Raises:
         ValueError: if its budget cannot be kept in a file, or it cannot run an input of that size.
     """
-    table = count_macs(model, input_size)
+    table = cost_table(model, input_size)
     fast = optimize_for_inference(model).float().cpu().to(memory_format=torch.contiguous_format)
     dynamic, exits = getattr(model, "dynamic", None), getattr(model, "exits", None)
     budget, end = (None if dynamic is None else dynamic.budget), len(table.exits) - 1

@@ -62,6 +62,7 @@ BASES: dict[str, tuple[dict[str, DefaultCfg], tuple[str, ...]]] = {
     "sknet": (sknet_cfgs, ("skipnet",)),
 }
 
+CONFIDENCE = "exits.confidence"  # key of a state dict
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
@@ -81,13 +82,16 @@ def add_parts(
         layer_gates: a config, a dict, or False for none; None for what the method has.
         channel_gates: likewise.
         exits: likewise.
-        budget: a `BudgetConfig`, a dict, or False for none.
+        budget: a `BudgetConfig`, a dict, or False for none; a network without classes keeps none. One of
+            milliseconds is checked by timing the model here and now.
     """
     verbs = (add_layer_gates, add_channel_gates, add_exits)
     for verb, default, wanted in zip(verbs, method, (layer_gates, channel_gates, exits), strict=True):
         if wanted is not False and (default or wanted is not None):
             verb(model, None if wanted is True else wanted)
-    if budget is not None and budget is not False:
+    if budget is not None and budget is not False and not model.num_classes:
+        _logger.info("A network without classes keeps no budget: all images go to the head.")
+    elif budget is not None and budget is not False:
         config = BudgetConfig.make(budget)
         dynamic = dynamic_of(model)
         dynamic.limit, dynamic.budget = check_budget(model, config), config
@@ -135,7 +139,9 @@ def complete(
     state_dict |= {key: value for key, value in own.items() if key.split(".", 1)[0] in missing}
     for key, value in own.items():
         if key.startswith("exits.") and ".fc." in key and key in state_dict and state_dict[key].shape != value.shape:
-            state_dict[key] = value
+            state_dict |= {key: value, CONFIDENCE: own[CONFIDENCE]}  # how sure the old classes' exits were says nothing
+    if not getattr(model, "num_classes", 1) and CONFIDENCE in own:
+        state_dict[CONFIDENCE] = own[CONFIDENCE]
     return state_dict
 
 

@@ -14,7 +14,7 @@ from . import losses
 from .forward import Decisions, decide
 from .gates import sharpened
 from .surgery import set_execution, set_gating
-from .tasks import DynamicTask, mean_over_processes, zero_of_all
+from .tasks import DynamicTask, mean_over_processes, of_open_units, zero_of_all
 
 TEMPERATURES = (1e-3, 1.0)  # of sampled decisions
 
@@ -107,20 +107,23 @@ class ReinforceTask(DynamicTask):
         weight = self._cost_weight(mean_over_processes(share.detach()))
         paid = self._paid(decisions, y, weight)
         temperature = self.temperature.item()
-        prob = sharpened(decisions.layer_prob, temperature)
-        advantage = self._advantage(paid, None if greedy is None else self._paid(greedy, y, weight))
-        loss = losses.policy_gradient(decisions.layer_keep, prob, advantage)
+        prob = self._open(sharpened(decisions.layer_prob, temperature))
+        advantage = self._open(self._advantage(paid, None if greedy is None else self._paid(greedy, y, weight)))
+        loss = losses.policy_gradient(self._open(decisions.layer_keep), prob, advantage)
         if self.explore is not None:
             loss = loss * temperature  # its slope by the logits does not depend on the temperature
             self._follow(prob.detach())
         if self.entropy:
             loss = loss - self.entropy * losses.gate_entropy(prob)
         if self.information:
-            loss = loss - self.information * losses.unit_information(decisions.layer_prob)
+            loss = loss - self.information * losses.unit_information(self._open(decisions.layer_prob))
         if self.supervised:
             loss = loss + self._classify(decisions, x, y)
         loss = loss + zero_of_all(self.model)
         return {"loss": loss, "paid": paid.mean(), **self._metrics(decisions, y, share, weight)}
+
+    def _open(self, values: Tensor) -> Tensor:
+        return of_open_units(self.model, values)
 
     def _paid(self, decisions: Decisions, y: Tensor, weight: Tensor) -> Tensor:
         """[B, gates]: what follows each decision is worth."""
@@ -135,7 +138,7 @@ class ReinforceTask(DynamicTask):
         elif self.baseline == "average":
             mean = mean_over_processes(paid.mean(0))
             before = torch.where(self.seen > 1, self.average, mean)
-            self.average.copy_(before + 0.05 * (mean - before))
+            self.average.copy_(before + 0.05 / self.parts * (mean - before))
             paid = paid - before
         return paid / paid.std().clamp_min(1e-6) if self.normalise else paid
 
@@ -143,7 +146,7 @@ class ReinforceTask(DynamicTask):
         """Move the temperature towards the wanted share of decisions that are drawn the other way."""
         if self.training and self.explore is not None:
             strays = mean_over_processes(torch.minimum(prob, 1 - prob).mean())
-            self.temperature *= (self.explore / strays.clamp_min(1e-4)).sqrt()
+            self.temperature *= (self.explore / strays.clamp_min(1e-4)) ** (0.5 / self.parts)
             self.temperature.clamp_(*TEMPERATURES)
 
     def _sampled(self, x: Tensor) -> Decisions:

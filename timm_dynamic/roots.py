@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import families
 from .cifar import CifarDenseNet, CifarResNet
+from .exits import NEVER
 from .forward import features, forward
 from .walk import Walk
 
@@ -73,16 +74,22 @@ def _timm_root(name: str, base: Any) -> Any:
                 getattr(self, part).cut(left - 1)
         if hasattr(self, "exits") and (prune_head or left < before):
             del self.exits
-        self.dynamic.tables.clear()
+        self.dynamic.count_anew()
+        if self.dynamic.origin is not None:
+            self.dynamic.origin.prune_intermediate_layers(indices, prune_norm, prune_head)
         return taken
 
     def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
-        """As timm's; the exits follow."""
+        """As timm's; the exits follow, and none lets images leave by confidence before it is calibrated again."""
         base.reset_classifier(self, num_classes, global_pool)
-        self.dynamic.tables.clear()
-        for head in self.exits.heads if hasattr(self, "exits") else ():
-            head.reset(num_classes, next(self.parameters()))
-            head.fc.train(self.training)
+        self.dynamic.count_anew()
+        if hasattr(self, "exits"):
+            for head in self.exits.heads:
+                head.reset(num_classes, next(self.parameters()))
+                head.fc.train(self.training)
+            self.exits.set_confidence([NEVER] * len(self.exits))
+        if self.dynamic.origin is not None:
+            self.dynamic.origin.reset_classifier(num_classes, global_pool)
 
     return _root(
         name,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .configs import positive
 from .forward import decide
 from .gates import OPEN_PROB, logit
+from .modes import modes_kept
 from .surgery import force
 
 FEWEST = 16  # images
@@ -79,18 +80,16 @@ def _outputs(model: Any, layers: Sequence[nn.Linear], images: Tensor) -> dict[nn
 def _normalised_by_batch(model: Any) -> Iterator[None]:
     """Eval mode, but for the layer gates' batch norms, which know no statistics yet; these are forgotten afterwards."""
     norms = [module for module in model.layer_gates.modules() if isinstance(module, nn.BatchNorm2d)]
-    modes = [(module, module.training) for module in model.modules()]
     before = model.dynamic.execution, model.dynamic.budget
-    model.eval()
     model.dynamic.execution, model.dynamic.budget = "masked", None
-    for norm in norms:
-        norm.train()
     try:
-        yield
+        with modes_kept(model):
+            model.eval()
+            for norm in norms:
+                norm.train()
+            yield
     finally:
         model.dynamic.execution, model.dynamic.budget = before
-        for module, mode in modes:
-            module.training = mode
         for norm in norms:
             norm.reset_running_stats()
 

@@ -104,9 +104,10 @@ def strip(model: Any) -> Any:
     """Take all gates and exits off: the stock model again, with the weights that it has now.
 
     Raises:
-        ValueError: if the model is a stock one.
+        ValueError: if the model is a stock one, or a copy of `optimize_for_inference`.
     """
     dynamic = dynamic_of(model)
+    _check_not_optimised(model)
     for part in PARTS:
         if hasattr(model, part):
             delattr(model, part)
@@ -151,6 +152,8 @@ def set_gating(model: Any, gating: str, temperature: float = 1.0) -> Any:
 def force_always(model: Any, layer_keep: float) -> Any:
     """Drop units at random from here on, in training and in eval (the SkipNet paper's baseline SDV).
 
+    It is not saved with the model: say it again after loading.
+
     Args:
         model: a dynamic model with layer gates.
         layer_keep: ratio in 0..1 of units that run, drawn as by `force`.
@@ -176,7 +179,8 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
         channels: 1 or 0 for each channel group of each gated hidden width; empty if it has no channel gates.
 
     Raises:
-        ValueError: if a string is not of zeros and ones, or does not fit the model's gates.
+        ValueError: if a string is not of zeros and ones, or does not fit the model's gates, or a nested channel gate
+            is to keep a group without those before it.
     """
     dynamic = dynamic_of(model)
     keeps: dict[str, Any] = {}
@@ -187,6 +191,11 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
         if len(text) != wanted or set(text) - {"0", "1"}:
             raise ValueError(f"{part} need {wanted} zeros and ones; found {text!r}")
         keeps[part] = torch.tensor([[digit == "1" for digit in text]])
+    if channels and model.channel_gates.config.mode == "nested":
+        for part in keeps["channel_gates"][0].split(group_counts(model)):
+            if not torch.equal(part, part.sort(descending=True).values):
+                shown = "".join("01"[int(keep)] for keep in part)
+                raise ValueError(f"nested channel gates keep the first groups of each width; found {shown!r}")
     layer_keep = keeps["layer_gates"] if layers else None
     channel_keep = list(keeps["channel_gates"].split(group_counts(model), dim=1)) if channels else []
     idle = frozenset(unit for unit, digit in enumerate(layers) if digit == "0")
@@ -222,7 +231,10 @@ def force(
         layer_keep: a ratio in 0..1, drawn anew for each image and unit at each forward from torch's generator, or
             keeps [B, units], or [1, units] for all images.
         channel_keep: a ratio, or keeps [B, groups] (or [1, groups]) for each gated hidden width.
-        exit: where images leave (0 is the first exit), one for all or one each [B]. A hard budget outranks it.
+        exit: where images leave (0 is the first exit), one for all or one each [B]. A hard budget outranks it,
+            and one of `exit=`.
+
+    What is not given stays as an outer `force`, or `set_policy`, has it.
 
     Raises:
         ValueError: for a part that the model lacks, a ratio outside 0..1, or a wrong shape or value.
@@ -237,7 +249,14 @@ def force(
     if exit is not None:
         _check_has(model, "exits", "exit")
         _check_exit(exit, len(model.exits) + 1)
-    before, dynamic.forced = dynamic.forced, Forced(layer_keep, channel_keep, exit)
+    before = dynamic.forced
+    outer = before or Forced()
+    dynamic.forced = Forced(
+        outer.layer_keep if layer_keep is None else layer_keep,
+        outer.channel_keep if channel_keep is None else channel_keep,
+        outer.exit if exit is None else exit,
+        idle=outer.idle if layer_keep is None else frozenset(),
+    )
     try:
         yield model
     finally:
@@ -293,6 +312,7 @@ def _sites(model: Any, part: str) -> list[GateSite]:
     found = families.units(model)
     if type(model) not in ROOTS and not hasattr(model, "dynamic"):
         raise ValueError(f"no units to gate in {families.model_name(model)!r}: {type(model).__name__} is not known")
+    _check_not_optimised(model)
     if hasattr(model, part):
         raise ValueError(f"{families.model_name(model)!r} has {part} already; strip(model) takes them off")
     if len(found) < 2:
@@ -354,5 +374,12 @@ def _attach(model: Any, part: str, build: Any) -> Any:
         model.dynamic = Dynamic(type(model))
         model.__class__ = ROOTS[type(model)]
     model.add_module(part, module)
-    model.dynamic.tables.clear()
+    model.dynamic.count_anew()
     return model
+
+
+def _check_not_optimised(model: Any) -> None:
+    if getattr(model, "dynamic", None) is not None and model.dynamic.origin is not None:
+        raise ValueError(
+            "a copy of optimize_for_inference keeps the parts that it has: change the model that it was made from"
+        )

@@ -181,7 +181,7 @@ class FollowTask(WarmupTask):
         prob = torch.cat([*([decisions.layer_prob] if layer_keep.numel() else ()), *said], dim=1)
         loss = following(prob, self.keep.expand_as(prob)).mean()
         return {
-            "loss": loss + zero_of_all(self.model) if shut(self.model) else loss,
+            "loss": loss + zero_of_all(self.model),  # a policy of layers alone leaves channel gates without a gradient
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
             "skip_ratio": ((prob >= 0.5) != self.keep).float().mean(),
@@ -197,6 +197,12 @@ def following(prob: Tensor, keep: Tensor) -> Tensor:
     """
     wanted = torch.where(keep, OPEN_PROB, 1 - OPEN_PROB)
     return losses.decision_cross_entropy(prob.clamp(TINY, 1 - TINY), wanted)
+
+
+def of_open_units(model: Any, values: Tensor) -> Tensor:
+    """The columns [B, N'] of the gated units that are not shut for good: of the others nothing was decided."""
+    shut_for_good = model.layer_gates.shut
+    return values[:, [g for g in range(values.shape[1]) if g not in shut_for_good]] if shut_for_good else values
 
 
 def _units(model: nn.Module) -> int:
@@ -261,6 +267,7 @@ class DynamicTask(nn.Module):
         distill: weight of that.
         distill_exits: weight of the distance of each earlier exit's logits from the last exit's.
         information: weight of `losses.unit_information` of the layer gates, which is to grow.
+        parts: batches of one optimiser step, where gradients are accumulated: each steers by so much less.
     """
 
     alpha: Tensor
@@ -284,6 +291,7 @@ class DynamicTask(nn.Module):
         distill: float = 1.0,
         distill_exits: float = 0.0,
         information: float = 0.0,
+        parts: int = 1,
     ):
         super().__init__()
         if alpha is not None and target is not None:
@@ -295,9 +303,10 @@ class DynamicTask(nn.Module):
         self.steps = steps
         self.target = target
         self.exit_weighting = exit_weighting
-        self.rate = rate
+        self.parts = parts
+        self.rate = rate / parts
         self.stiffness = stiffness
-        self.push = push
+        self.push = push / parts
         self.anneal = anneal
         self.label_smoothing = label_smoothing
         self.teacher = _hidden(teacher)
@@ -314,7 +323,7 @@ class DynamicTask(nn.Module):
         weight = self._cost_weight(mean_over_processes(share.detach()))
         loss = self._classify(decisions, x, y) + weight * share
         if self.information and decisions.layer_prob.shape[1]:
-            loss = loss - self.information * losses.unit_information(decisions.layer_prob)
+            loss = loss - self.information * losses.unit_information(of_open_units(self.model, decisions.layer_prob))
         if shut(self.model):
             loss = loss + zero_of_all(self.model)
         return {"loss": loss, **self._metrics(decisions, y, share, weight)}

@@ -42,6 +42,11 @@ class Dynamic:
     limit: costs.CostTable | None = None  # what a budget of milliseconds or millijoules is counted by
     tables: dict[Any, costs.CostTable] = field(default_factory=dict)
 
+    def count_anew(self) -> None:
+        """Forget what was counted, after the network's parts have changed; budgets by a table must be set again."""
+        self.tables.clear()
+        self.limit = None
+
 
 def spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
     """Rows of some images among zeros for the rest: [B', ...] -> [count, ...]."""
@@ -99,10 +104,11 @@ def _limit_table(model: Any, x: Tensor) -> costs.CostTable:
     """The table that a budget of milliseconds or millijoules was set with."""
     table = model.dynamic.limit
     if table is None or table.input_size != tuple(x.shape[1:]):
-        found = None if table is None else table.input_size
+        if table is None:
+            raise ValueError("the model was changed after its budget was set: set the budget again")
         raise ValueError(
-            f"the budget's table is for input size {found}; found {tuple(x.shape[1:])}: set the budget again with "
-            "input_size="
+            f"the budget's table is for input size {table.input_size}; found {tuple(x.shape[1:])}: "
+            "set the budget again with input_size="
         )
     return table
 
@@ -149,7 +155,8 @@ class Walk:
         self.exits = getattr(model, "exits", None)
         self.layer_levels, self.channel_levels = self._levels(self.layer_gates), self._levels(self.channel_gates)
         self.stops = (*(self.exits.after if self.exits is not None else ()), len(self.units) - 1)
-        budget = model.dynamic.budget if budgeted and not model.training else None
+        traced = isinstance(x, torch.fx.Proxy)  # a graph goes to the head: there are no values to branch on
+        budget = model.dynamic.budget if budgeted and not model.training and not traced else None
         self.accounts: list[Account] = []
         self.macs = self.limit = None
         if log is not None or (budget is not None and budget.unit == "macs"):
@@ -160,6 +167,7 @@ class Walk:
             self.limit = self.macs if budget.unit == "macs" else self._open_account(_limit_table(model, x))
         self.forced = _resolve(model, x, self) if model.dynamic.forced is not None else None
         self.shared = False  # whether the caller keeps what units give
+        self.learning = not self.masked and _has_learners(self.layer_gates, self.channel_gates)
         self.rows: Tensor | None = None
         self.alive: Tensor | None = None
         self.memory: Memory = None
@@ -337,7 +345,7 @@ class Walk:
             return keeps
 
         sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
-        reuse = not (self.shared or self.x.requires_grad or self.model.dynamic.drawing)  # a gate may need x again
+        reuse = not (self.shared or self.x.requires_grad or self.learning)  # a gate may need x again
         if self._known_idle(g):
             y = units.rest(unit, units.shortcut(unit, self.x))
         else:
@@ -364,6 +372,13 @@ class Walk:
     def _widened(self, g: int, keeps: list[Tensor]) -> list[Tensor]:
         assert self.channel_gates is not None
         return [widen(keep, sizes) for keep, sizes in zip(keeps, self.channel_gates.sizes[g], strict=True)]
+
+
+def _has_learners(*parts: Any) -> bool:
+    """Whether gates keep what they saw for a backward pass."""
+    return torch.is_grad_enabled() and any(
+        p.requires_grad for part in parts if part is not None for p in part.parameters()
+    )
 
 
 # Forcing -------------------------------------------------------------------------------------------------------------

@@ -307,7 +307,8 @@ class Trainer:
     def _outlook(self, stage: Stage, steps: int) -> Outlook:
         """What a stage's task is told."""
         size, batches = self.data.input_size, steps * self.settings.accumulate
-        dense = results.price(self.model, size, self.settings, self.folder)
+        with self.accelerator.main_process_first():  # who measures milliseconds is alone, and all take what was found
+            dense = results.price(self.model, size, self.settings, self.folder)
         return Outlook(batches, dense, size, self.settings, self.previous, stage.alpha, self._teacher)
 
     def _own_buffers(self, task: nn.Module) -> dict[str, Tensor]:
@@ -384,7 +385,7 @@ class Trainer:
 
     def _save(self, running: Running) -> None:
         """Write a checkpoint."""
-        self.progress.sums = running.sums.to_dict()
+        self.progress.sums = running.sums.to_dict(self.accelerator)
         if self.accelerator.is_main_process:
             buffers = self._own_buffers(running.task)
             scaler = self.accelerator.scaler

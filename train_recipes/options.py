@@ -156,9 +156,10 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError(f"--clip-grad must be 0 or above; found {found.clip_grad}")
     if found.temperature <= 0:
         raise RunError(f"--temperature must be above 0; found {found.temperature}")
-    for name in ("ema", "keep"):
-        if not 0 <= getattr(found, name) <= 1 or found.ema == 1:
-            raise RunError(f"--{name} must be in 0..1; found {getattr(found, name)}")
+    if not 0 <= found.keep <= 1:
+        raise RunError(f"--keep must be in 0..1; found {found.keep}")
+    if not 0 <= found.ema < 1:
+        raise RunError(f"--ema must be at least 0 and below 1; found {found.ema}")
     if found.batch_size % found.accumulate:
         raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
     if found.precision == "fp16" and not torch.cuda.is_available():

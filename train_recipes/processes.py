@@ -79,9 +79,9 @@ class Sums:
         for name, value in {**metrics, "count": torch.ones((), device=self.device)}.items():
             self.values[name] = self.values.get(name, 0.0) + value.detach().to(self.dtype)
 
-    def to_dict(self) -> dict[str, float]:
-        """The sums as numbers."""
-        return {name: value.item() for name, value in self.values.items()}
+    def to_dict(self, accelerator: Accelerator) -> dict[str, float]:
+        """The sums as numbers, the same in all processes: their mean, of which each goes on when the run is resumed."""
+        return {name: value.item() for name, value in accelerator.reduce(self.values, reduction="mean").items()}
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over batches and processes; the sums start again at zero."""

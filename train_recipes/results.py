@@ -19,6 +19,7 @@ import timm_dynamic as td
 from data import plain_images, val_loader
 from images import LARGEST_IN_MEMORY, Data
 from options import Settings
+from processes import seed_everything
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
 from stages import add_exits
 from timm_dynamic.budgets import set_price
@@ -187,6 +188,7 @@ def finish(
     dense: dict[str, Any],
 ) -> None:
     """Measure the trained network, print the table and write what the run leaves behind."""
+    seed_everything(settings.seed)  # units that are dropped at random are so in the same images after a resume
     if hasattr(model, "dynamic"):
         td.set_execution(model, "skip")
         _shut_idle(accelerator, model, data, settings)
@@ -223,8 +225,8 @@ def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, setting
     gated = hasattr(model, "layer_gates") or hasattr(model, "channel_gates")
     if not steered or not gated or settings.max_steps:
         return
-    found = meet_cost(model, plain_images(data, COUNTED_IMAGES), settings.target or 1.0)
     wanted = settings.target or 1.0
+    found = meet_cost(model, plain_images(data, COUNTED_IMAGES), wanted)
     missed = (
         ": missed; train longer, or with faster gates (--stage STAGE.gate_lr)" if abs(found - wanted) > 0.02 else ""
     )
@@ -243,9 +245,10 @@ def _leave_early(accelerator: Accelerator, model: nn.Module, data: Data, setting
     except ValueError as error:
         accelerator.print(f"--calibrate {settings.calibrate}: {error}; images go to the head")
         return
+    same = "" if settings.holdout else "; on the images that accuracy is measured on: --holdout keeps some apart"
     accelerator.print(
         f"calibrated to {100 * found.fraction:.1f} % of the dense MACs: images leave from a confidence of "
-        f"{found.confidence:.4g}"
+        f"{found.confidence:.4g}{same}"
     )
 
 

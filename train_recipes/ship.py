@@ -65,6 +65,7 @@ class Order:
     holdout: int | None = None
     targets: tuple[float, ...] = ()
     half: bool = True
+    start: str = ""
 
 
 def ship(order: Order, root: Path) -> list[str]:
@@ -188,7 +189,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     if abs(stored["accuracy"] - trained["accuracy"]) > TOLERANCE:
         raise RunError(f"half precision changes the accuracy: {lines[0]}: give --full")
     found: Row = {"dataset": order.dataset, "split": order.split, "images": stored["images"], "base_model": None}
-    found |= {"command": order.command, "seed": seed}
+    found |= {"command": order.command, "seed": seed, **({"start": order.start} if order.start else {})}
     if order.half:
         found["full_precision"] = _few(trained)
     if not hasattr(model, "dynamic"):
@@ -198,6 +199,7 @@ def _measure(order: Order, stage: Path) -> tuple[Row, list[str]]:
     if held_out is not None:
         calibrated, more = _calibrated(stage, order, held_out)
         kept_out = (settings.get("holdout") or 0) >= (order.holdout or 0)  # the first ones of the same permutation
+        kept_out &= settings.get("dataset") in ("folder", "imagenet")  # others have their images in another order
         found["calibrated"] = {"images": order.holdout, "held_out": kept_out, "rows": calibrated}
         lines += more
     return found, lines
@@ -316,13 +318,15 @@ def main(
         list[float] | None, typer.Option(help="Mean cost to calibrate to; may be given again. Default: 0.3, 0.5, 0.7.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Store the weights in full precision.")] = False,
+    start: Annotated[str, typer.Option(help="A sentence for the card on what the training started from.")] = "",
     root: Annotated[Path, typer.Option(help="The repository to write to.", show_default=False)] = ROOT,
 ) -> None:
     """Measure a trained model, and put its weights and its card where the package finds them."""
     targets = tuple(target or ())
     if targets and holdout is None:
         raise RunError("--target calibrates on held-out images: give --holdout too")
-    for line in ship(Order(run, tag, data, command, dataset_name, split, seed, holdout, targets, not full), root):
+    order = Order(run, tag, data, command, dataset_name, split, seed, holdout, targets, not full, start)
+    for line in ship(order, root):
         typer.echo(line)
 
 

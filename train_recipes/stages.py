@@ -250,6 +250,7 @@ def steering(outlook: Outlook) -> dict[str, Any]:
         "teacher": outlook.teacher(),
         "distill": settings.distill,
         "information": 0.0 if settings.plain else settings.information,
+        "parts": settings.accumulate,
     }
 
 
