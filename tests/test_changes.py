@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from nets import assert_near, decide, dynamic, images, randomise, units_of
 from torch import Tensor, nn
 
@@ -100,6 +101,17 @@ def test_a_budget_does_not_outlive_the_classifier_in_features() -> None:
         assert_near(model(small(4)), model.forward_head(model.forward_features(small(4))))
     with pytest.raises(ValueError, match="two classes or more"):
         td.set_budget(cifar(num_classes=1), confidence=0.5)
+
+
+@pytest.mark.parametrize("made", [cifar, lambda: td.add_exits(torchvision.models.resnet18())])
+def test_a_head_that_was_put_in_by_hand_is_noticed(made: Any) -> None:
+    model = made().eval()
+    before = model.fc.out_features
+    model.fc = nn.Linear(model.fc.in_features, 5)
+    for budget in ({"exit": 0}, {"fraction": 0.9}, {"confidence": 0.5}):
+        with pytest.raises(ValueError, match=f"must know the 5 classes of the head; found {before}"):
+            td.set_budget(model, input_size=SIZE, **budget)
+    assert model(small(2)).shape == (2, 5)
 
 
 def test_a_table_is_of_the_network_that_it_was_made_from() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import timm_dynamic as td
 from timm_dynamic import surgery
-from timm_dynamic.evaluation import Evaluation, collect, compare, evaluate, in_points, latency, static_policy
+from timm_dynamic.evaluation import Evaluation, at_exits, collect, compare, evaluate, in_points, latency, static_policy
 
 SIZE = (3, 32, 32)
 IMAGES = 40
@@ -101,6 +101,19 @@ def test_mode_is_given_back(model: nn.Module) -> None:
         assert model.training
     finally:
         model.eval()
+
+
+def test_all_exits_in_one_walk(model: nn.Module) -> None:
+    found, table = collect(model, loader(16), look=at_exits)
+    for k in range(len(table.exits)):
+        td.set_budget(model, exit=k)
+        try:
+            wanted = evaluate(model, loader(16))
+        finally:
+            td.set_budget(model)
+        assert found["right"][:, k].double().mean().item() == wanted.accuracy
+        assert found["spent"][:, k].double().mean().item() == wanted.macs
+        assert int(found["spent"][:, k].max()) == wanted.max_macs
 
 
 def test_a_plain_model() -> None:

@@ -5,10 +5,11 @@ import copy
 import pytest
 import timm
 import torch
-from nets import randomise
+from nets import assert_near, dynamic, images, randomise
 from torch import nn
 
 import timm_dynamic as td
+from timm_dynamic import units
 
 NAMES = ["ddi_resnet20_cifar", "ddi_densenet100_cifar", "skipnet_resnet18", "iadi_resnet26d", "skipnet_resnet26t"]
 
@@ -50,6 +51,31 @@ def test_budgets_and_calibration_come_along() -> None:
     x = torch.randn(8, 3, 32, 32)
     assert torch.equal(td.decide(model, x).exit_index, td.decide(fast, x).exit_index)
     assert torch.equal(td.decide(model, x).layer_keep, td.decide(fast, x).layer_keep)
+
+
+def test_slices_are_forgotten_when_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "MOST_BYTES", 3000)
+    slices = units.Slices()
+    for k in range(10):
+        slices.keep(k, torch.zeros(200), torch.zeros(50))
+        assert slices.bytes == 1000 * len(slices) <= 3000
+    assert set(slices) == {9}
+
+
+def test_slices_made_in_inference_mode_serve_where_gradients_are() -> None:
+    model = dynamic("basic", ("channel",))
+    with torch.no_grad():
+        for gate in model.channel_gates.gates:
+            gate.fc.bias.fill_(-1.0)
+            gate.fc.bias[0] = 1.0  # some groups, not all
+    fast, x = td.optimize_for_inference(model), images(1)
+    with torch.inference_mode():
+        before = fast(x)
+    assert fast.dynamic.slices, "patterns must have been met"
+    after = fast(x.requires_grad_())
+    assert_near(after.detach(), before)
+    after.sum().backward()
+    assert x.grad is not None
 
 
 def test_remembered_slices_follow_the_weights() -> None:

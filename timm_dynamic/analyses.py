@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .costs import CostTable
-from .evaluation import Rows, costs_of, rows_of
+from .evaluation import Rows, at_exits, costs_of, rows_of
 from .walk import Log, Walk
 
 Loader = Iterable[tuple[Tensor, Tensor]]  # can be gone through again and again
@@ -91,7 +91,7 @@ def observe(model: nn.Module, loader: Loader, mean: Sequence[float], std: Sequen
         table = table or costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
         rows = rows_of(model, x, y, table)
         rows |= {"layers": rows["layers"].bool(), "channels": rows["channels"].bool(), "classes": y, "looks": seen}
-        rows |= _at_exits(model, x, y) if hasattr(model, "exits") else _at_head(rows)
+        rows |= at_exits(model, x, y, table) if hasattr(model, "exits") else _at_head(rows)
         found.append({key: value.cpu() for key, value in rows.items()})
     if table is None:
         raise ValueError("there are no images to look at")
@@ -102,22 +102,6 @@ def _at_head(rows: Rows) -> Rows:
     """What is known of the only exit."""
     kept = {"sure": "confidence", "right": "correct", "spent": "macs"}
     return {name: rows[source][:, None] for name, source in kept.items()}
-
-
-def _at_exits(model: nn.Module, x: Tensor, y: Tensor) -> Rows:
-    """What every exit says to every image, whether or not it would have left before."""
-    walk = Walk(model, x, Log(len(x)), budgeted=False)
-    account = walk.macs
-    assert account is not None
-    sure, right, spent = [], [], []
-    for index in range(len(walk.stops)):
-        walk.to_exit(index)
-        logits = walk.classify(index, walk.x)
-        sure.append(logits.float().softmax(1).amax(1))
-        right.append(logits.argmax(1) == y)
-        here = account.spent + account.exit_cost(index)
-        spent.append(torch.as_tensor(here, device=x.device).long().expand(len(x)))
-    return {name: torch.stack(rows, 1) for name, rows in (("sure", sure), ("right", right), ("spent", spent))}
 
 
 # Easy and hard images ------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
     exits = len(counted.exits)
     if getattr(model, "num_classes", None) == 0:
         raise ValueError(f"a budget needs a model that classifies; {families.model_name(model)!r} has num_classes=0")
+    _check_classes(model)
     if budget.confidence is not None and getattr(model, "num_classes", None) == 1:
         raise ValueError("confidence= needs two classes or more: of one every image is sure; found num_classes=1")
     if budget.exit is not None and budget.exit >= exits:
@@ -118,6 +119,17 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
         limit = limit.with_shut(shut)
     allowance(budget, limit, None)
     return limit
+
+
+def _check_classes(model: Any) -> None:
+    """Whether the exits know the classes of the model's own head, which may have been put there by hand."""
+    head = getattr(model.get_submodule(families.family(model).classifier), "out_features", 0)
+    for exit in model.exits.heads if hasattr(model, "exits") else ():
+        if getattr(exit.fc, "out_features", 0) != head:
+            raise ValueError(
+                f"the exits must know the {head} classes of the head; found {getattr(exit.fc, 'out_features', 0)}: "
+                "give the network its classifier before add_exits, or by reset_classifier"
+            )
 
 
 def _check_table(model: Any, table: CostTable, counted: CostTable, unit: str) -> None:

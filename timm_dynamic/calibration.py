@@ -62,7 +62,8 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
 
     Args:
         model: a trained dynamic model; its mode is left as it was.
-        loader: batches of (images [B, C, H, W], labels [B]) that the model was not trained on.
+        loader: batches of (images [B, C, H, W], labels [B]) that the model was not trained on; they are all kept in
+            memory, to be run at many thresholds.
         fraction: the wanted mean MACs as a share of the stock model's.
         use: what to move: "both", "gates" or "exits". What is not moved counts as it is: gates at their thresholds,
             exits at their confidences.

@@ -43,7 +43,8 @@ def alone(work: Callable[[], CostTable], model: nn.Module, input_size: tuple[int
     thread.start()
     thread.join()
     if isinstance(box[0], BaseException):
-        raise ValueError(f"{families.model_name(model)!r} cannot run an input of {input_size}: {box[0]}") from box[0]
+        why = str(box[0]) or type(box[0]).__name__
+        raise ValueError(f"{families.model_name(model)!r} cannot run an input of {input_size}: {why}") from box[0]
     return box[0]
 
 

@@ -17,7 +17,7 @@ from .costs import CostTable
 from .forward import decide
 from .measure import cost_table
 from .modes import modes_kept
-from .walk import table_for
+from .walk import Log, Walk, table_for
 
 NEAR = 0.02  # by how much a static policy may be dearer than the network that it is compared with
 Rows = dict[str, Tensor]  # per image: every value has the images of a batch as its first dimension
@@ -94,11 +94,13 @@ def collect(
     loader: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str | None = None,
     gather: Callable[[Rows], Rows] | None = None,
+    look: Callable[[nn.Module, Tensor, Tensor, CostTable], Rows] | None = None,
 ) -> tuple[Rows, CostTable]:
-    """What happened to each image of a loader, as `rows_of` tells it, and the network's costs.
+    """What happened to each image of a loader, and the network's costs.
 
-    Arguments and errors are those of `evaluate`.
+    Arguments and errors are those of `evaluate`; `look` gives the rows of a batch, by default `rows_of`.
     """
+    look = look or rows_of
     device = torch.device(device) if device is not None else next(model.parameters()).device
     found: list[Rows] = []
     table: CostTable | None = None
@@ -107,7 +109,7 @@ def collect(
         for x, y in loader:
             x, y = x.to(device), y.to(device)
             table = table or costs_of(model, (x.shape[1], x.shape[2], x.shape[3]))
-            rows = rows_of(model, x, y, table)
+            rows = look(model, x, y, table)
             found.append({k: v.cpu() for k, v in (gather(rows) if gather else rows).items()})
     if table is None:
         raise ValueError("the loader holds no images to evaluate on")
@@ -170,6 +172,29 @@ def rows_of(model: nn.Module, x: Tensor, y: Tensor, table: CostTable) -> Rows:
         "channels": channels.float(),
         "exit": decisions.exit_index.contiguous(),
     }
+
+
+def at_exits(model: nn.Module, x: Tensor, y: Tensor, table: CostTable) -> Rows:
+    """What every exit says to every image, whether or not it would have left before: one walk for all.
+
+    Arguments are those of `rows_of`.
+
+    Returns:
+        ``sure`` [B, exits] (the largest softmax probability), ``right`` [B, exits], and ``spent`` [B, exits], the MACs
+        of leaving there, no other exit evaluated. The head is the last exit.
+    """
+    walk = Walk(model, x, Log(len(x)), budgeted=False)
+    account = walk.macs
+    assert account is not None
+    sure, right, spent = [], [], []
+    for index in range(len(table.exits)):
+        walk.to_exit(index)
+        logits = walk.classify(index, walk.x)
+        sure.append(logits.float().softmax(1).amax(1))
+        right.append(logits.argmax(1) == y)
+        here = account.spent + account.exit_cost(index)
+        spent.append(torch.as_tensor(here, device=x.device).long().expand(len(x)))
+    return {name: torch.stack(rows, 1) for name, rows in (("sure", sure), ("right", right), ("spent", spent))}
 
 
 def _judged(logits: Tensor, y: Tensor) -> Rows:

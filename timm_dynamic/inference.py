@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from . import families
 from .counting import on_meta
 from .gates import RNN_SIZE, Exact, Memory, RecurrentGates, pooled
+from .units import Slices
 
 
 def optimize_for_inference(model: Any) -> Any:
@@ -38,7 +39,7 @@ def optimize_for_inference(model: Any) -> Any:
 def _optimized(model: Any) -> Any:
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     if hasattr(fast, "dynamic"):
-        fast.dynamic.origin, fast.dynamic.slices = fast.dynamic.origin or on_meta(model), {}
+        fast.dynamic.origin, fast.dynamic.slices = fast.dynamic.origin or on_meta(model), Slices()
     for unit in families.units(fast):
         _fold_unit(unit)
         if hasattr(fast, "dynamic") and unit.kind.branch is None:

@@ -16,8 +16,26 @@ from torch import Tensor, nn
 from .families import Unit, rests_unchanged, run_slice
 
 Keeps = Sequence[Tensor]  # for each hidden width, keeps of its channels: [B, channels]
-Slices = dict[Any, tuple[Tensor, Tensor | None]]  # weights and biases of patterns met before, of frozen weights
-MOST_SLICES = 1024
+MOST_BYTES = 2**27  # of weights that are remembered
+
+
+class Slices(dict[Any, tuple[Tensor, Tensor | None]]):
+    """Weights and biases of patterns of channels met before, of frozen weights; forgotten when they are too many."""
+
+    bytes = 0
+
+    def clear(self) -> None:
+        """Forget all."""
+        super().clear()
+        self.bytes = 0
+
+    def keep(self, key: Any, weight: Tensor, bias: Tensor | None) -> None:
+        """Remember one slice."""
+        size = weight.nbytes + (0 if bias is None else bias.nbytes)
+        if self.bytes + size > MOST_BYTES:
+            self.clear()
+        self[key] = weight, bias
+        self.bytes += size
 
 
 def shortcut(unit: Unit, x: Tensor) -> Tensor:
@@ -216,8 +234,10 @@ def _sliced_branch(
     patterns, which = torch.cat(list(keeps), 1).unique(dim=0, return_inverse=True)
     out: Tensor | None = None
     for i, pattern in enumerate(patterns):
-        places = (which == i).nonzero().flatten()
         kept = [tuple(part.tolist()) for part in pattern.split([k.shape[1] for k in keeps])]
+        if len(patterns) == 1:
+            return _branch_slice(unit, x, kept, sizes, slices)
+        places = (which == i).nonzero().flatten()
         y = _branch_slice(unit, gathered(x, places), kept, sizes, slices)
         if out is None:
             out = torch.empty(len(x), *y.shape[1:], dtype=y.dtype, device=y.device, memory_format=layout_of(y))
@@ -275,10 +295,11 @@ def _kept(groups: tuple[bool, ...], sizes: tuple[int, ...] | None, device: Any, 
     key = ("index", groups, sizes, device)
     if slices is not None and key in slices:
         return _Kept(groups, slices[key][0])
-    wide = torch.tensor(groups).repeat_interleave(torch.tensor(sizes or (1,) * len(groups)))
-    index = wide.nonzero().flatten().to(device)
+    with torch.inference_mode(False):  # it may be wanted again where gradients are
+        wide = torch.tensor(groups).repeat_interleave(torch.tensor(sizes or (1,) * len(groups)))
+        index = wide.nonzero().flatten().to(device)
     if slices is not None:
-        slices[key] = index, None
+        slices.keep(key, index, None)
     return _Kept(groups, index)
 
 
@@ -295,10 +316,9 @@ def _conv_slice(
         state = (name, conv.weight._version, conv.weight.dtype, conv.weight.device)
         key = (*state, *(None if kept is None else kept.groups for kept in (source, target)))
         if key not in slices:
-            if len(slices) >= MOST_SLICES:
-                slices.clear()
-            weight, bias = _weight_slice(conv, into, out_of)
-            slices[key] = weight.contiguous(memory_format=layout_of(conv.weight)), bias
+            with torch.inference_mode(False):
+                weight, bias = _weight_slice(conv, into, out_of)
+                slices.keep(key, weight.contiguous(memory_format=layout_of(conv.weight)), bias)
         weight, bias = slices[key]
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         return _constant(conv, x, weight.shape[0], bias)

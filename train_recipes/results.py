@@ -25,7 +25,17 @@ from stages import add_exits
 from timm_dynamic.budgets import set_price
 from timm_dynamic.calibration import meet_cost
 from timm_dynamic.costs import CostTable
-from timm_dynamic.evaluation import Evaluation, Policy, collect, compare, costs_of, evaluate, in_points, latency
+from timm_dynamic.evaluation import (
+    Evaluation,
+    Policy,
+    at_exits,
+    collect,
+    compare,
+    costs_of,
+    evaluate,
+    in_points,
+    latency,
+)
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
 
@@ -157,9 +167,13 @@ def by_exit(
     accelerator: Accelerator, model: nn.Module, loader: Any, input_size: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
     """Accuracy and cost of every exit, if there are any but the head."""
-    chosen = {name: value for name, value in restrictions(model, input_size).items() if "exit" in value}
-    found = measure_restricted(accelerator, model, loader, chosen)
-    return [_short({"exit": k}, one) for k, one in enumerate(found.values())]
+    if len(costs_of(model, input_size).exits) < 2:
+        return []
+    rows, _ = collect(model, loader, accelerator.device, accelerator.gather_for_metrics, at_exits)
+    return [
+        {"exit": k, "accuracy": right.mean().item(), "macs": spent.mean().item(), "max_macs": int(spent.max())}
+        for k, (right, spent) in enumerate(zip(rows["right"].double().T, rows["spent"].double().T, strict=True))
+    ]
 
 
 def time_all(model: nn.Module, loader: Any, chosen: Restrictions) -> dict[str, float]:
