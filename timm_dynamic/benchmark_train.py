@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from .benchmark import WARM, Benchmark, Watch, drawn
 from .budgets import default_input_size, set_budget
+from .forcing import Forced
 from .reinforcement import ReinforceTask
 from .surgery import strip
 from .tasks import BaseTask, DynamicTask
 from .timing import Clock, peak_bytes
-from .walk import Forced, table_for
+from .walk import table_for
 
 
 @dataclass(frozen=True)

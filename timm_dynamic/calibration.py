@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .configs import one_of, positive
 from .exits import NEVER
+from .gates import gate_parts
 from .modes import modes_kept
 from .walk import Log, Walk, dynamic_of, table_for
 
@@ -151,7 +152,7 @@ def meet_cost(model: Any, images: Iterable[Tensor], fraction: float, agreement: 
     Raises:
         ValueError: if the model has no gates, or there are no images.
     """
-    parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
+    parts = gate_parts(model)
     batches = list(images)
     if not parts or not batches:
         raise ValueError(f"meet_cost needs gates and images; found {len(parts)} kinds of gates, {len(batches)} batches")
@@ -201,7 +202,7 @@ class _Search:
             raise ValueError(f"calibrate needs at least {FEWEST} images; found {count}")
         self.dense = table_for(model, tuple(self.images[0][0].shape[1:])).dense
         self.tolerance = 0.005
-        own = [getattr(model, part).threshold for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
+        own = [part.threshold for part in gate_parts(model)]
         self.own = own[0][0].item() if own else 0.5
         exits = getattr(model, "exits", ())
         self.levels: Sequence[float] = exits.levels if exits and not self.move_exits else (NEVER,) * len(exits)
@@ -288,9 +289,8 @@ def _run(model: Any, images: list[tuple[Tensor, Tensor]]) -> _Run:
 
 
 def _set(model: Any, threshold: float | None, confidence: float | None) -> None:
-    for part in ("layer_gates", "channel_gates"):
-        if threshold is not None and hasattr(model, part):
-            getattr(model, part).threshold.fill_(threshold)
+    for part in gate_parts(model) if threshold is not None else ():
+        part.threshold.fill_(threshold)
     if confidence is not None:
         model.exits.set_confidence([confidence] * len(model.exits))
 
@@ -299,7 +299,7 @@ def _set(model: Any, threshold: float | None, confidence: float | None) -> None:
 def kept(model: Any) -> Iterator[None]:
     """Eval mode without forced decisions for a while; modes, thresholds and forcing are put back."""
     forced = model.dynamic.forced
-    parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
+    parts = gate_parts(model)
     before = [part.threshold.clone() for part in parts]
     model.dynamic.forced = None
     try:

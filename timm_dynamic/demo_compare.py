@@ -21,6 +21,7 @@ from .cli.models import load, split_name
 from .cli.rows import Row, likeliest, predict
 from .costs import CostTable
 from .evaluation import latency
+from .gates import gate_parts
 from .inference import optimize_for_inference
 from .safety import CONFIG, WEIGHTS
 from .surgery import strip
@@ -135,8 +136,7 @@ def knob_of(model: Any, table: CostTable) -> Knob:
         most = math.ceil(100 * table.exits[-1].dearest / table.dense)  # less where units are shut for good
         high = max(min(100, most), low + 1)
         return Knob("budget", low, high, 1, min(high, max(low, 5 * round((low + high) / 10))))
-    parts = [getattr(model, part) for part in ("layer_gates", "channel_gates") if hasattr(model, part)]
-    levels = {round(value, 6) for part in parts for value in part.threshold.flatten().tolist()}
+    levels = {round(value, 6) for part in gate_parts(model) for value in part.threshold.flatten().tolist()}
     own = levels.pop() if len(levels) == 1 else 0.5
     return Knob("threshold", 0.0, 1.0, 0.01, min(max(round(own, 2), 0.0), 1.0))
 
@@ -189,7 +189,7 @@ class Comparison:
         self.dense = optimize_for_inference(dense if dense is not None else strip(copy.deepcopy(model)))
         self._fast = optimize_for_inference(model)
         self._fast.dynamic.forced = None
-        self._own = [gates.threshold.clone() for gates in self._gates()]
+        self._own = [gates.threshold.clone() for gates in gate_parts(self._fast)]
         self._lock = threading.Lock()
 
     @staticmethod
@@ -225,12 +225,9 @@ class Comparison:
             set_budget(self._fast, fraction=value / 100, input_size=self.prepare.input_size)
             return
         with torch.inference_mode(False):
-            for gates, own in zip(self._gates(), self._own, strict=True):
+            for gates, own in zip(gate_parts(self._fast), self._own, strict=True):
                 # where the slider starts it is rounded, and there can be one for each unit
                 gates.threshold.copy_(own if value == self.knob.start else torch.full_like(own, value))
-
-    def _gates(self) -> list[Any]:
-        return [getattr(self._fast, part) for part in ("layer_gates", "channel_gates") if hasattr(self._fast, part)]
 
     def _times(self, x: Tensor) -> tuple[float, float, int]:
         """Milliseconds of both, and how many tries there were: other work on the machine spoils some of them."""

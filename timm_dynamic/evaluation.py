@@ -230,7 +230,7 @@ def summarise(rows: Rows, table: CostTable) -> Evaluation:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Two networks on the same images, compared image by image.
 
     Attributes:
@@ -246,7 +246,7 @@ class Difference:
     second_only: float
 
 
-def compare(first: Tensor, second: Tensor) -> Difference:
+def compare(first: Tensor, second: Tensor) -> PairedDifference:
     """Compare two networks by whether they recognised each of the same images, `correct` of `rows_of`: bool [N] each.
 
     Raises:
@@ -256,7 +256,9 @@ def compare(first: Tensor, second: Tensor) -> Difference:
         raise ValueError(f"the same two or more images are needed; found {len(first)} and {len(second)}")
     more = first.double() - second.double()
     error = more.std(correction=1).item() / len(more) ** 0.5
-    return Difference(more.mean().item(), error, (more > 0).double().mean().item(), (more < 0).double().mean().item())
+    return PairedDifference(
+        more.mean().item(), error, (more > 0).double().mean().item(), (more < 0).double().mean().item()
+    )
 
 
 def in_points(difference: float, error: float | None = None) -> str:

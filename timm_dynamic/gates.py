@@ -13,6 +13,12 @@ from .configs import ChannelGateConfig, LayerGateConfig
 OPEN_PROB = 0.88  # what an open gate starts at: keeps for sure, and still has a gradient
 RNN_SIZE = 10  # input and hidden size of the RNNGate (SkipNet, section 3.1)
 Memory = tuple[Tensor, Tensor] | None
+GATES = ("layer_gates", "channel_gates")  # a dynamic model's children that are gates
+
+
+def gate_parts(model: Any) -> list[Any]:
+    """A model's layer gates and channel gates, as far as it has them."""
+    return [getattr(model, part) for part in GATES if hasattr(model, part)]
 
 
 def straight_through(prob: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
+from .gates import GATES
 from .modes import modes_kept
 from .surgery import force
-from .tasks import GATES, TINY, DynamicTask, following, mean_over_processes, zero_of_all
+from .tasks import TINY, DynamicTask, following, mean_over_processes, zero_of_all
 from .walk import dynamic_of, table_for
 
 MOST_WEIGHT = 2.0  # nats; no image counts for more

@@ -9,6 +9,7 @@ from . import families
 from .cifar import CifarDenseNet, CifarResNet
 from .exits import NEVER
 from .forward import features, forward
+from .gates import GATES
 from .walk import Walk
 
 
@@ -67,7 +68,7 @@ def _timm_root(name: str, base: Any) -> Any:
         before = len(families.units(self))
         taken: list[int] = base.prune_intermediate_layers(self, indices, prune_norm, prune_head)
         left = len(families.units(self))
-        for part in (p for p in ("layer_gates", "channel_gates") if left < before and hasattr(self, p)):
+        for part in (p for p in GATES if left < before and hasattr(self, p)):
             if left < 2:
                 delattr(self, part)
             else:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from . import families
 from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, positive, ratio
 from .exits import ExitHead, Exits
-from .gates import ChannelGates, GateSite, make_layer_gates
+from .forcing import Forced
+from .gates import GATES, ChannelGates, GateSite, make_layer_gates
 from .roots import ROOTS
-from .walk import Dynamic, Forced, dynamic_of
+from .walk import Dynamic, dynamic_of
 
-PARTS = ("layer_gates", "channel_gates", "exits")
+PARTS = (*GATES, "exits")
 
 
 def add_layer_gates(model: Any, config: LayerGateConfig | str | dict[str, Any] | None = None) -> Any:

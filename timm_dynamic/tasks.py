@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
-from .gates import OPEN_PROB, lower_logits
+from .gates import GATES, OPEN_PROB, gate_parts, lower_logits
 from .surgery import force, group_counts
 from .walk import table_for
 
-GATES = ("layer_gates", "channel_gates")
 TINY = 1e-6
 
 
@@ -362,7 +361,6 @@ class DynamicTask(nn.Module):
         if self.training:
             self.alpha += self.rate * (share - target)
             self.seen += 1
-            for part in GATES if hasattr(self.model, "channel_gates") else ():
-                if hasattr(self.model, part):
-                    lower_logits(getattr(self.model, part), self.push * (share - target))
+            for part in gate_parts(self.model) if hasattr(self.model, "channel_gates") else ():
+                lower_logits(part, self.push * (share - target))
         return weight

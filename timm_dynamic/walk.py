@@ -1,7 +1,5 @@
 """The walk through a dynamic network, unit by unit: what the gates say, what is run, what it costs."""
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from . import costs, families, units
 from .configs import BudgetConfig
 from .counting import count_macs
+from .forcing import Forced, resolve
 from .gates import Memory, sharpened, straight_through, widen
-
-
-@dataclass(frozen=True)
-class Forced:
-    """What `force` puts in the place of decisions; see there. `idle`: gated units that no image will ever run."""
-
-    layer_keep: float | Tensor | None = None
-    channel_keep: float | Sequence[Tensor] | None = None
-    exit: int | Tensor | None = None
-    idle: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -165,7 +154,7 @@ class Walk:
         self.price = self.macs if priced is None else self._open_account(priced)
         if budget is not None and budget.unit is not None:
             self.limit = self.macs if budget.unit == "macs" else self._open_account(_limit_table(model, x))
-        self.forced = _resolve(model, x, self) if model.dynamic.forced is not None else None
+        self.forced = resolve(model, x) if model.dynamic.forced is not None else None
         self.shared = False  # whether the caller keeps what units give
         self.learning = not self.masked and _has_learners(self.layer_gates, self.channel_gates)
         self.rows: Tensor | None = None
@@ -379,47 +368,3 @@ def _has_learners(*parts: Any) -> bool:
     return torch.is_grad_enabled() and any(
         p.requires_grad for part in parts if part is not None for p in part.parameters()
     )
-
-
-# Forcing -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Resolved:
-    layer_keep: Tensor | None  # bool [B, units]
-    channel_keep: list[Tensor] | None  # bool [B, groups] for each gated hidden width
-    exit: Tensor | None  # [B]
-    starts: list[int]  # for each unit, how many gated hidden widths come before it
-    idle: frozenset[int]  # gated units that no image will ever run
-
-
-def _resolve(model: Any, x: Tensor, walk: Walk) -> _Resolved:
-    """What is forced, for this batch: ratios drawn, shapes checked."""
-    forced, batch = model.dynamic.forced, x.shape[0]
-    layer = channel = leave = None
-    if forced.layer_keep is not None:
-        assert walk.layer_gates is not None
-        layer = _keeps("layer_keep", forced.layer_keep, batch, len(walk.layer_gates), x.device)
-    if forced.channel_keep is not None:
-        assert walk.channel_gates is not None
-        counts = [len(sizes) for unit in walk.channel_gates.sizes for sizes in unit]
-        given = forced.channel_keep
-        parts = [given] * len(counts) if isinstance(given, (int, float)) else list(given)
-        channel = [_keeps("channel_keep", p, batch, n, x.device) for p, n in zip(parts, counts, strict=True)]
-        if isinstance(given, (int, float)) and walk.channel_gates.config.mode == "nested":
-            channel = [keep.sort(dim=1, descending=True).values for keep in channel]
-    if forced.exit is not None:
-        leave = torch.as_tensor(forced.exit, device=x.device)
-        if leave.dim() and len(leave) != batch:
-            raise ValueError(f"force(exit=) needs one value or one for each of {batch} images; found {len(leave)}")
-        leave = leave.expand(batch)
-    sizes = walk.channel_gates.sizes if walk.channel_gates is not None else ()
-    return _Resolved(layer, channel, leave, [0, *itertools.accumulate(map(len, sizes))], forced.idle)
-
-
-def _keeps(what: str, given: float | Tensor, batch: int, columns: int, device: torch.device) -> Tensor:
-    if not isinstance(given, Tensor):
-        return torch.rand(batch, columns).to(device) < given
-    if given.shape not in ((batch, columns), (1, columns)):
-        raise ValueError(f"force({what}=) needs a tensor of shape {(batch, columns)}; found {tuple(given.shape)}")
-    return given.to(device).bool().expand(batch, columns)

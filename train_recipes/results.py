@@ -38,6 +38,7 @@ from timm_dynamic.evaluation import (
 )
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
+from timm_dynamic.surgery import PARTS
 
 TIMED_IMAGES = 20
 COUNTED_IMAGES, SEEN_IMAGES = 512, 1024
@@ -113,7 +114,7 @@ def price(model: nn.Module, input_size: tuple[int, int, int], settings: Settings
             energy = json.loads(settings.energy.read_text())
             table = td.cost_table(model, input_size, "energy_mj", energy=energy)
         else:
-            parts = "-".join(part for part in ("layer_gates", "channel_gates", "exits") if hasattr(model, part))
+            parts = "-".join(part for part in PARTS if hasattr(model, part))
             path = folder.root / f"latency-{parts}.json"
             if not path.exists():
                 write_json(path, td.cost_table(model, input_size, "latency_ms").to_dict())
