@@ -11,11 +11,13 @@ import timm
 import torch
 import torchvision
 from nets import assert_near, decide, dynamic, images, randomise, units_of
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import timm_dynamic as td
 from timm_dynamic.evaluation import evaluate
 from timm_dynamic.exits import NEVER
+from timm_dynamic.gates import is_part
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.surgery import set_policy
 
@@ -63,6 +65,28 @@ def test_calibrating_in_inference_mode_leaves_a_network_that_loads() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     assert model.exits.levels == pytest.approx([found.confidence] * 2)
+
+
+# Given the weights of its base ---------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_stock_network_load_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stock = randomise(timm.create_model("resnet20_cifar"))
+    save_file(stock.state_dict(), tmp_path / "base.safetensors")
+    model = timm.create_model("ddi_resnet20_cifar", checkpoint_path=str(tmp_path / "base.safetensors")).eval()
+    assert torch.equal(model(small(2)), stock.eval()(small(2)))
+    gates = {name: value.clone() for name, value in model.state_dict().items() if is_part(name)}
+    with caplog.at_level("INFO", "timm_dynamic"):
+        assert not model.load_state_dict(stock.state_dict()).missing_keys
+    assert "no gates and no exits: those of the model stay as they are" in caplog.text
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in gates.items())
+    some = {name: value for name, value in model.state_dict().items() if not name.startswith("exits.")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*exits\."):
+        model.load_state_dict(some)
+    with pytest.raises(RuntimeError, match=r"Missing key.*conv1"):
+        model.load_state_dict({name: value for name, value in stock.state_dict().items() if name != "conv1.weight"})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
 
 
 # Other classes -------------------------------------------------------------------------------------------------------

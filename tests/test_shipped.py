@@ -32,7 +32,7 @@ import timm_dynamic as td
 from timm_dynamic import cifar, hub, registry, shipped
 from timm_dynamic.cli import app
 from timm_dynamic.evaluation import in_points
-from timm_dynamic.surgery import PARTS
+from timm_dynamic.gates import PARTS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train_recipes"))

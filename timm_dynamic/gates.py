@@ -14,6 +14,12 @@ OPEN_PROB = 0.88  # what an open gate starts at: keeps for sure, and still has a
 RNN_SIZE = 10  # input and hidden size of the RNNGate (SkipNet, section 3.1)
 Memory = tuple[Tensor, Tensor] | None
 GATES = ("layer_gates", "channel_gates")  # a dynamic model's children that are gates
+PARTS = (*GATES, "exits")  # and all that a stock model has not
+
+
+def is_part(key: str) -> bool:
+    """Whether a key of a state dict belongs to gates or exits."""
+    return key.split(".", 1)[0] in PARTS
 
 
 def gate_parts(model: Any) -> list[Any]:

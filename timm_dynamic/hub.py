@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from .card import MARK, model_card
 from .families import model_name
+from .gates import PARTS
 from .measure import cost_table
 from .safety import CONFIG, WEIGHTS
 from .shipped import config_of, folder_of
-from .surgery import PARTS
 from .version import __version__
 
 CARD = "README.md"

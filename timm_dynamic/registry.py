@@ -30,10 +30,11 @@ from torchvision.models import resnet as tv_resnet
 from .budgets import check_budget
 from .cifar import default_cfgs as cifar_cfgs
 from .configs import BudgetConfig
+from .gates import PARTS, is_part
 from .roots import DynamicFeatures
 from .safety import check_saved_model
 from .shipped import shipped, with_saved_arguments
-from .surgery import PARTS, add_channel_gates, add_exits, add_layer_gates
+from .surgery import add_channel_gates, add_exits, add_layer_gates
 from .walk import dynamic_of
 
 _logger = logging.getLogger(__name__)
@@ -102,11 +103,6 @@ def _build_timm(base: str, method: Method, **kwargs: Any) -> nn.Module:
     """The callable that timm's builder makes a model with, before it loads weights."""
     parts = {name: kwargs.pop(name, None) for name in (*PARTS, "budget")}
     return add_parts(timm.create_model(base, **kwargs), method, **parts)
-
-
-def is_part(key: str) -> bool:
-    """Whether a state-dict key belongs to gates or exits."""
-    return key.split(".", 1)[0] in PARTS
 
 
 def complete(

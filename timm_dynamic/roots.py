@@ -1,5 +1,7 @@
 """The dynamic twin of each stock class: same modules and same contract, another forward."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from timm.models._features import FeatureGetterNet, feature_take_indices
@@ -9,8 +11,10 @@ from . import families
 from .cifar import CifarDenseNet, CifarResNet
 from .exits import NEVER
 from .forward import features, forward
-from .gates import GATES
+from .gates import GATES, is_part
 from .walk import Walk
+
+_logger = logging.getLogger(__name__)
 
 
 class DynamicFeatures(FeatureGetterNet):
@@ -58,6 +62,15 @@ def _forward_intermediates(
     return found if intermediates_only else (walk.x, found)
 
 
+def _load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    """As `torch.nn.Module`'s; weights of the stock model, which have no gates and no exits, leave those as they are."""
+    own = {key: value for key, value in self.state_dict().items() if is_part(key)}
+    if own and state_dict and not any(map(is_part, state_dict)):
+        _logger.info("These weights have no gates and no exits: those of the model stay as they are.")
+        state_dict = {**state_dict, **own}
+    return nn.Module.load_state_dict(self, state_dict, strict, assign)
+
+
 def _timm_root(name: str, base: Any) -> Any:
     """The dynamic twin of a timm class."""
 
@@ -102,9 +115,12 @@ def _timm_root(name: str, base: Any) -> Any:
     )
 
 
+SHARED = {"forward": _forward, "load_state_dict": _load_state_dict}
+
+
 def _root(name: str, base: Any, **methods: Any) -> Any:
     doc = f"{base.__name__} with gates or exits."
-    return type(name, (base,), {"__module__": __name__, "__doc__": doc, "forward": _forward, **methods})
+    return type(name, (base,), {"__module__": __name__, "__doc__": doc, **SHARED, **methods})
 
 
 DynamicResNet = _timm_root("DynamicResNet", families.TimmResNet)

@@ -14,11 +14,9 @@ from . import families
 from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, positive, ratio
 from .exits import ExitHead, Exits
 from .forcing import Forced
-from .gates import GATES, ChannelGates, GateSite, make_layer_gates
+from .gates import PARTS, ChannelGates, GateSite, make_layer_gates
 from .roots import ROOTS
 from .walk import Dynamic, dynamic_of
-
-PARTS = (*GATES, "exits")
 
 
 def add_layer_gates(model: Any, config: LayerGateConfig | str | dict[str, Any] | None = None) -> Any:

@@ -36,9 +36,9 @@ from timm_dynamic.evaluation import (
     in_points,
     latency,
 )
+from timm_dynamic.gates import PARTS
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.report import write_report
-from timm_dynamic.surgery import PARTS
 
 TIMED_IMAGES = 20
 COUNTED_IMAGES, SEEN_IMAGES = 512, 1024

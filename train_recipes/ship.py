@@ -36,9 +36,9 @@ from timm_dynamic.cli.errors import CommandError, one_line
 from timm_dynamic.cli.evaluate import BATCH
 from timm_dynamic.cli.models import load, restrict
 from timm_dynamic.evaluation import compare, costs_of
+from timm_dynamic.gates import PARTS
 from timm_dynamic.hub import CARD, PREFIXES, base_name, base_of, config_text, save_pretrained
 from timm_dynamic.safety import CONFIG, WEIGHTS
-from timm_dynamic.surgery import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("cifar", "registry")  # of the package, whose networks can have tags here
