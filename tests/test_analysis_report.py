@@ -266,7 +266,7 @@ def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:
         (("RUN", "--data", "DATA", "--split", "nope"), "check --split"),
         (("RUN", "--data", "DATA", "--held-out", "60"), "1 to 59 can be held out"),
         (("RUN", "--data", "DATA", "--held-out", "20"), "at least 50 images"),
-        (("RUN", "--data", "DATA/val", "--held-out", "20"), "--held-out takes images of"),
+        (("RUN", "--data", "DATA/val", "--held-out", "20"), "the images that are held out are some of DATA/train"),
         (("RUN", "--data", "DATA", "--study", "DATA/val/cat/0.png"), "codec"),
         (("RUN", "--data", "DATA", "--study", "/no/such.json"), "No such file"),
     ],
