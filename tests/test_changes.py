@@ -118,7 +118,7 @@ def test_saved_confidences_are_not_taken_over_by_other_classes(classes: int, tmp
 
 def test_a_budget_does_not_outlive_the_classifier_in_features() -> None:
     model = cifar()
-    for budget in ({"fraction": 0.4}, {"exit": 0}, {"confidence": 0.0}):
+    for budget in ({"fraction": 0.4}, {"exit": 0}, {"confidence": 0.0}, {"energy_mj": 2.0}):
         model.reset_classifier(10)
         td.set_budget(model, **budget)
         model.reset_classifier(0)

@@ -15,7 +15,8 @@ class ExitHead(nn.Module):
     """A branch classifier (DDI, supplement 8, fig. 13). [B, C, H, W] -> [B, classes].
 
     Each pooling step halves the resolution and doubles the channels up to 256: 2x2 max pool, 3x3 depthwise and 1x1
-    convolution, batch norm, ReLU. Then average pool and linear.
+    convolution, batch norm, ReLU. Then average pool and linear. The convolutions and the widening are ours: the paper
+    gives the pooling alone.
     """
 
     def __init__(self, channels: int, num_classes: int, pools: int, normalise: bool) -> None:

@@ -114,7 +114,10 @@ def gate_width(kind: str, site: GateSite) -> int:
 
 
 class FeedForwardGate(nn.Sequential):
-    """FFGate-I, FFGate-II or the linear gate (SkipNet, section 3.1, fig. 3). [B, C, H, W] -> logit [B, 1]."""
+    """FFGate-I, FFGate-II or the linear gate (SkipNet, section 3.1, fig. 3). [B, C, H, W] -> logit [B, 1].
+
+    Batch norm and ReLU after each convolution are ours: the paper does not say.
+    """
 
     def __init__(self, config: LayerGateConfig, site: GateSite) -> None:
         super().__init__()

@@ -90,9 +90,7 @@ def leave_early(walk: Walk, batch: int, keep_all: bool = False) -> tuple[Tensor,
     """
     budget = walk.model.dynamic.budget
     calibrated = walk.exits is not None and walk.exits.calibrated
-    free = budget is None and not calibrated and (walk.forced is None or walk.forced.exit is None)
-    classless = getattr(walk.model, "num_classes", None) == 0  # the head's features are what is wanted
-    if free or classless or isinstance(walk.x, torch.fx.Proxy):
+    if walk.whole or (budget is None and not calibrated and (walk.forced is None or walk.forced.exit is None)):
         last = len(walk.stops) - 1
         walk.to_exit(last)
         logits = walk.classify(last, walk.x)

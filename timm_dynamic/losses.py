@@ -87,7 +87,7 @@ def multiplier(alpha: Tensor, share: Tensor, target: float, stiffness: float) ->
 
 
 def skip_returns(task_loss: Tensor, keep: Tensor, unit_costs: Tensor, alpha: Tensor | float, beta: float) -> Tensor:
-    """What a policy is paid from each gate on (SkipNet, eq. 5 and 6): the gates before it could not be helped.
+    """What a policy is paid from each gate on (SkipNet, eq. 5 and 6): nothing for what was skipped before it.
 
     ``r_i = -(beta * L - alpha / N * sum_{j >= i} (1 - g_j) * C_j)``, without a gradient.
 

@@ -24,7 +24,8 @@ class ReinforceTask(DynamicTask):
 
     Decisions are sampled; they carry no gradient, and the likelihood of each is pushed by what was paid from it on,
     less a baseline that does not depend on it. The paper's plain form is ``baseline="none", still=False,
-    normalise=False, temperature=1, explore=None``; its reinforcement learning alone is ``supervised=False``.
+    normalise=False, temperature=1, explore=None, unit_costs=None`` with a fixed ``alpha``; its reinforcement learning
+    alone is ``supervised=False``.
 
     In inference nothing is sampled. So alpha is steered by what the unsampled policy costs, where there is one; and a
     low temperature samples near it: only gates that hardly know are tried the other way. How low it has to be differs:

@@ -144,8 +144,9 @@ class Walk:
         self.exits = getattr(model, "exits", None)
         self.layer_levels, self.channel_levels = self._levels(self.layer_gates), self._levels(self.channel_gates)
         self.stops = (*(self.exits.after if self.exits is not None else ()), len(self.units) - 1)
-        traced = isinstance(x, torch.fx.Proxy)  # a graph goes to the head: there are no values to branch on
-        budget = model.dynamic.budget if budgeted and not model.training and not traced else None
+        # All images go to the head in a graph of torch.fx, which has no values to branch on, and without classes.
+        self.whole = isinstance(x, torch.fx.Proxy) or getattr(model, "num_classes", None) == 0
+        budget = model.dynamic.budget if budgeted and not model.training and not self.whole else None
         self.accounts: list[Account] = []
         self.macs = self.limit = None
         if log is not None or (budget is not None and budget.unit == "macs"):

@@ -52,7 +52,7 @@ METHODS = {
 def main(**values: object) -> None:
     """Train a SkipNet; without options skipnet_resnet20_cifar on the digits, to half of the dense MACs.
 
-    The paper's SP has no term for the cost: --alpha 0.
+    The paper's SP has no term for the cost: --stage sp.alpha=0.
     """
     found = options.settings("skipnet", values, prefix="skipnet_", target=0.5)
     run(METHODS[found.method or "sp+hrl"], found)
