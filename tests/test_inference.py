@@ -53,6 +53,31 @@ def test_budgets_and_calibration_come_along() -> None:
     assert torch.equal(td.decide(model, x).layer_keep, td.decide(fast, x).layer_keep)
 
 
+def test_an_optimised_gate_follows_its_weights() -> None:
+    """What it has at hand is looked up again when the copy is cast, copied or given other weights."""
+    fast, other, x = _optimised(0), _optimised(1), torch.randn(4, 3, 32, 32)
+
+    def prob(model: nn.Module, images: torch.Tensor = x) -> torch.Tensor:
+        with torch.no_grad():
+            return td.decide(model, images).layer_prob
+
+    before, wanted = prob(fast), prob(other)
+    assert not torch.allclose(before, wanted)
+    for assign in (False, True):
+        copied = copy.deepcopy(fast)
+        assert torch.equal(prob(copied), before)
+        copied.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=assign)
+        assert torch.equal(prob(copied), wanted)
+        assert torch.equal(prob(fast), before)
+    double = copy.deepcopy(fast).double()
+    torch.testing.assert_close(prob(double, x.double()), before, rtol=1e-4, atol=1e-5)
+
+
+def _optimised(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return td.optimize_for_inference(_model("skipnet_resnet20_cifar"))
+
+
 def test_slices_are_forgotten_when_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "MOST_BYTES", 3000)
     slices = units.Slices()

@@ -70,18 +70,36 @@ class FoldedRecurrentGates(Exact):
         self.hidden = _frozen(cell.weight_hh)  # [4 * hidden, hidden]
         self.nothing = _frozen(torch.zeros_like(cell.bias_hh))
         self.fc = gates.fc
+        self.at_hand: list[tuple[Tensor, ...]] = []  # for each gated unit: looked up once, as that takes time
+        self.register_load_state_dict_post_hook(_look_up_again)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.at_hand = []
+        return super()._apply(fn, recurse)
+
+    def _weights(self, index: int) -> tuple[Tensor, ...]:
+        """Of the cell at a gated unit, and of the last layer."""
+        if not self.at_hand:
+            same = (self.hidden, self.nothing, self.fc.weight, self.fc.bias)
+            self.at_hand = [(matrix, offset, *same) for matrix, offset in zip(self.matrices, self.offsets, strict=True)]
+        return self.at_hand[index]
 
     def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
         seen = pooled(x)
         if memory is None:
             memory = (seen.new_zeros(len(seen), RNN_SIZE),) * 2
-        weights = self.matrices[index], self.hidden, self.offsets[index], self.nothing
-        hidden, cell = torch.lstm_cell(seen, memory, *weights)
-        return torch.sigmoid(F.linear(hidden, self.fc.weight, self.fc.bias).float()).flatten(), (hidden, cell)
+        matrix, offset, own, nothing, last, bias = self._weights(index)
+        hidden, cell = torch.lstm_cell(seen, memory, matrix, own, offset, nothing)
+        return torch.sigmoid(F.linear(hidden, last, bias).float()).flatten(), (hidden, cell)
+
+
+def _look_up_again(gates: nn.Module, keys: object) -> None:
+    assert isinstance(gates, FoldedRecurrentGates)
+    gates.at_hand = []
 
 
 def _frozen(values: Tensor) -> nn.Parameter:

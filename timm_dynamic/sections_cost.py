@@ -19,6 +19,7 @@ from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
 
 PURPLE, BROWN = "#7a4fb0", "#8a6d3b"
 OTHERS = (GREEN, PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00")
+LINE, ROW = 76, 0.17  # characters of a legend side by side, and inches of a row
 MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE)}
 UNITS = "Skip ratio of every unit"
 EXCHANGED = (
@@ -61,9 +62,18 @@ def chart(height: float = HEIGHT) -> tuple[Any, Any]:
 
 
 def legend(axes: Any, columns: int = 2) -> None:
-    """A legend below the axes, where it covers nothing; none if nothing has a label."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower left")
+    """A legend below the axes, where it covers nothing; none if nothing has a label.
+
+    Labels that are too long to stand side by side stand below each other, and the figure grows by so much.
+    """
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return
+    if max(map(len, labels)) * columns > LINE:
+        width, height = axes.figure.get_size_inches()
+        axes.figure.set_size_inches(width, height + ROW * (len(labels) - math.ceil(len(labels) / columns)))
+        columns = 1
+    axes.figure.legend(frameon=False, fontsize=8, ncols=columns, loc="outside lower left")
 
 
 # Accuracy over cost --------------------------------------------------------------------------------------------------

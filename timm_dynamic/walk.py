@@ -237,13 +237,14 @@ class Walk:
         """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
         assert self.layer_gates is not None
         prob, self.memory = self.layer_gates(g, self.x, self.memory)
-        keep = self._choose(prob, self.layer_levels, g)
-        if self.forced is not None and self.forced.layer_keep is not None:
+        if g in self.layer_gates.shut:
+            keep = torch.zeros_like(prob) if self.model.training else torch.zeros_like(prob, dtype=torch.bool)
+        elif self.forced is None or self.forced.layer_keep is None:
+            keep = self._choose(prob, self.layer_levels, g)
+        else:
             # `decide` ties the logits to the gates: what runs need not carry a gradient of zero back through all units
             tied = prob if self.log is None else prob.detach()
             keep = self._instead(self.mine(self.forced.layer_keep[:, g]), tied)
-        if g in self.layer_gates.shut:
-            keep = torch.zeros_like(keep)
         if self.log is not None:
             self.log.layer_prob.append(spread(self._living(prob), self.rows, self.log.batch))
             self.log.layer_keep.append(spread(self._living(keep), self.rows, self.log.batch))
