@@ -207,16 +207,16 @@ class _Search:
         exits = getattr(model, "exits", ())
         self.levels: Sequence[float] = exits.levels if exits and not self.move_exits else (NEVER,) * len(exits)
         self.unmoved = min(self.levels, default=NEVER)
-        self.tried: dict[float, list[Calibration]] = {}  # by threshold: without exits, then at each confidence
+        self.tried: dict[float, list[Calibration]] = {}  # by threshold: see `_try`
 
     def over(self, target: float) -> Calibration:
         """The most accurate setting that meets a target.
 
-        Each threshold is tried; between two whose cost without exits lies on either side of the target, halve.
+        Each threshold is tried; between two whose cost, exits not moved, lies on either side of the target, halve.
         """
         positive("fraction", target)
         levels = list(LEVELS) if self.move_gates else [self.own]
-        shares = [self._try(level)[0].fraction for level in levels]  # without exits
+        shares = [self._try(level)[0].fraction for level in levels]
         steps = list(zip(itertools.pairwise(levels), itertools.pairwise(shares), strict=True))
         for (low, high), (dear, cheap) in steps:
             for _ in range(HALVINGS if dear >= target >= cheap else 0):
@@ -259,9 +259,11 @@ def _leave(run: _Run, levels: Sequence[float], dense: int) -> tuple[float, float
 
     levels: for each exit before the head; above 1, none leaves there, and the exit is not evaluated.
     """
-    sure = run.sure >= torch.tensor([*levels, 0.0], dtype=run.sure.dtype)
+    wanted = [*levels, 0.0]
+    sure = run.sure >= torch.tensor(wanted, dtype=run.sure.dtype)
+    sure[:, -1] = True  # whatever the head says, a NaN too
     exit_index = sure.int().argmax(1, keepdim=True)
-    asked = [head if level <= 1 else 0 for head, level in zip(run.heads, [*levels, 0.0], strict=True)]
+    asked = [head if level <= 1 else 0 for head, level in zip(run.heads, wanted, strict=True)]
     spent = run.reached + torch.tensor(asked, dtype=run.reached.dtype).cumsum(0)
     return spent.gather(1, exit_index).mean().item() / dense, run.right.gather(1, exit_index).double().mean().item()
 

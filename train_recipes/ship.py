@@ -264,7 +264,7 @@ def _images(model: Any, order: Order, *, fraction: float | None = None, exit: in
     prepare = images.Preparation(model)
     restrict(model, prepare.input_size, fraction, exit, None)
     folder = images.open_folder(images.find_split(order.data, order.split), model, prepare)
-    return rows.evaluate_row(model, images.batches(folder, BATCH, 0), prepare.input_size, "cpu")
+    return rows.evaluate_row(model, images.batches(folder, BATCH, 0), "cpu")
 
 
 def _few(found: Row) -> Row:

@@ -99,6 +99,6 @@ def _measured(ready: Ready, place: str, reading: tuple[int, int]) -> tuple[dict[
     from .images import batches
     from .rows import evaluate_row
 
-    model, prepare, folder = ready
+    model, _, folder = ready
     loader = progress(batches(folder, *reading), -(-len(folder) // reading[0]), "evaluating")
-    return evaluate_row(model, loader, prepare.input_size, place)
+    return evaluate_row(model, loader, place)

@@ -232,9 +232,7 @@ def _ran(table: CostTable, decisions: Decisions) -> list[float | None]:
 # evaluate ------------------------------------------------------------------------------------------------------------
 
 
-def evaluate_row(
-    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], input_size: tuple[int, int, int], device: str
-) -> tuple[Row, Tensor]:
+def evaluate_row(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: str) -> tuple[Row, Tensor]:
     """Accuracy and cost over a loader and how the images spread over the exits; and which are recognised, bool [N]."""
     with bad_input():
         seen, table = collect(model.to(device), loader, device)
@@ -250,7 +248,7 @@ def evaluate_row(
 
 def calibrate_row(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], share: float) -> Row:
     """Set thresholds for a mean cost, and lift the budget: what was set, and what it gives on these images."""
-    with bad_input(ValueError, TypeError):
+    with bad_input():
         found = calibrate(model, loader, share)
         set_budget(model)
     return dataclasses.asdict(found)
