@@ -272,10 +272,15 @@ def test_frozen_norms_stay_frozen_while_others_train() -> None:
 
 def test_gates_learn_over_a_trunk_that_stands_still() -> None:
     """In eval and skipping, where nothing but the gates needs what the units were given."""
-    model = cifar("skipnet_resnet20_cifar", layer_gates="ff1")
+    model = cifar("skipnet_resnet20_cifar", layer_gates={"kind": "ff2", "init": "random"})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("layer_gates"))
+    for unit in range(units_of(model)):  # each gate at its own median: half of the images run each unit
+        with torch.no_grad():
+            prob = td.decide(model, small(6)).layer_prob[:, unit]
+        model.layer_gates.threshold[unit] = prob.sort().values[2:4].mean()
     decisions = td.decide(model, small(6))
+    assert decisions.layer_keep.sum(0).tolist() == [3] * units_of(model)
     decisions.layer_prob.sum().backward()
     assert all(parameter.grad is not None for parameter in model.layer_gates.parameters())
 

@@ -275,10 +275,9 @@ def test_reinforcement_needs_gates() -> None:
         ReinforceTask(timm.create_model("resnet20_cifar"), 1, 1)
 
 
-@pytest.mark.parametrize("gate", ["rnn", "linear"])
-def test_nothing_is_learned_from_units_that_are_shut_for_good(gate: str) -> None:
+def test_nothing_is_learned_from_units_that_are_shut_for_good() -> None:
     """Nobody drew their decisions, though an RNN gate's weights are those of all units."""
-    model = network(gate)
+    model = network()
     td.shut_units(model, [unit.name for unit in units(model)[1:]])
     options = {"supervised": False, "entropy": 0.1, "information": 0.1}
     found = task(model, **options)(*batch(6))
