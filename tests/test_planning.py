@@ -84,13 +84,16 @@ def test_what_the_policy_never_runs_is_shut_and_images_leave_early(
     share = 0.99  # more than going to the head costs; then what leaving at the first exit does, which is always met
     for early in (False, True):
         run = tmp_path / str(early)
-        assert call(ddi, *options, "--calibrate", share, "--output", run) == 0
+        kept = ("--open", 0.5) if early else ()
+        assert call(ddi, *options, *kept, "--calibrate", share, "--output", run) == 0
         model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
-        assert "0" not in [digit for place, digit in enumerate(POLICY) if place not in model.layer_gates.shut]
+        places = [place for place, digit in enumerate(POLICY) if early or digit == "0"]
+        assert model.layer_gates.settled == {place: POLICY[place] == "1" for place in places}
         assert not hasattr(model, "channel_gates")
         assert model.exits.calibrated == early
         shown = capsys.readouterr().out
         assert "shut for good: layer1.1" in shown
+        assert ("open for good: layer1.2" in shown) == early
         assert ("calibrated to" in shown) == early
         assert ("images go to the head" in shown) != early
         summary = json.loads((run / "summary.json").read_text())

@@ -378,6 +378,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ({"target": 1.5}, "--target must be a share of the dense cost in .*found 1.5"),
         ({"calibrate": 0.0}, "--calibrate must be a share of the dense cost in .*found 0.0"),
         ({"shut": 1.0}, "--shut must be a share of the images in .*found 1.0"),
+        ({"shut": 0.5, "open": 0.4}, "--open must be a share of the images above --shut, .*found 0.4"),
         ({"batch_size": 10, "accumulate": 4}, "--accumulate must divide --batch-size"),
         ({"epochs_scale": 0.0}, "--epochs-scale must be above 0"),
     ],

@@ -17,7 +17,7 @@ ORDER = [
     *("version", "configs", "safety", "shipped", "modes"),
     *("losses", "gates", "exits", "cifar", "opaque", "families", "units", "costs"),
     *("counting", "forcing", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration"),
-    *("spreading", "shutting"),
+    *("spreading", "settling"),
     *("tasks", "reinforcement", "hindsight"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *("onnx_blocked", "onnx_session", "evaluation", "card", "hub", "report", "comparison", "timing", "benchmark"),

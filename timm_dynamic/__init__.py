@@ -14,7 +14,7 @@ from .inference import optimize_for_inference
 from .measure import cost_table
 from .onnx import export_onnx
 from .onnx_session import onnx_runner
-from .shutting import idle_units, shut_units
+from .settling import busy_units, idle_units, open_units, shut_units
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
 from .version import __version__
 
@@ -32,6 +32,7 @@ __all__ = [
     "add_exits",
     "add_layer_gates",
     "anytime",
+    "busy_units",
     "calibrate",
     "cost_table",
     "decide",
@@ -39,6 +40,7 @@ __all__ = [
     "force",
     "idle_units",
     "onnx_runner",
+    "open_units",
     "optimize_for_inference",
     "push_to_hub",
     "save_pretrained",

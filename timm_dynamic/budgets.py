@@ -114,9 +114,7 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
         return None
     limit = table or cost_table(model, size, str(budget.unit))
     _check_table(model, limit, counted, str(budget.unit))
-    shut = {row.name for row in counted.units if row.shut}
-    if shut != {row.name for row in limit.units if row.shut}:
-        limit = limit.with_shut(shut)
+    limit = limit.settled_as(counted)
     allowance(budget, limit, None)
     return limit
 

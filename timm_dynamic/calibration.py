@@ -122,13 +122,14 @@ def apply_calibration(model: Any, found: Calibration, *, use: str = "both") -> N
 
 
 def _movable(model: Any, use: str) -> tuple[bool, bool]:
-    """Whether gates and exits are to be moved."""
+    """Whether gates and exits are to be moved; gates that nobody asks cannot be."""
     dynamic_of(model)
     one_of("use", use, ("both", "gates", "exits"))
-    gates = use != "exits" and (hasattr(model, "layer_gates") or hasattr(model, "channel_gates"))
+    free = hasattr(model, "layer_gates") and len(model.layer_gates.settled) < len(model.layer_gates)
+    gates = use != "exits" and (free or hasattr(model, "channel_gates"))
     exits = use != "gates" and hasattr(model, "exits")
     if not gates and not exits:
-        raise ValueError(f"calibrate(use={use!r}) needs a model with such parts; found none")
+        raise ValueError(f"calibrate(use={use!r}) needs a model with such parts, not all settled; found none")
     return gates, exits
 
 

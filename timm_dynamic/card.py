@@ -295,9 +295,13 @@ def _described(model: Any, base: str) -> dict[str, Any]:
     budget = model.dynamic.budget if dynamic else None
     parts = []
     if layer is not None:
-        parts.append(f"layer gates of kind `{layer.config.kind}`: each image decides which units run")
-        if layer.config.shut:
-            parts.append("units that no image runs: " + ", ".join(f"`{name}`" for name in layer.config.shut))
+        free = len(layer.settled) < len(layer)
+        does = ": each image decides which units run" if free else ", not asked any more: all units are settled"
+        parts.append(f"layer gates of kind `{layer.config.kind}`{does}")
+        runs = ((layer.config.shut, "no image runs"), (layer.config.open, "every image runs that comes there"))
+        for names, who in runs:
+            if names:
+                parts.append(f"units that {who}: " + ", ".join(f"`{name}`" for name in names))
     if channel is not None:
         parts.append(f"channel gates, {channel.config.mode}: each image decides which hidden channels are computed")
     if exits is not None:

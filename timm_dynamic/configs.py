@@ -82,6 +82,7 @@ class LayerGateConfig(Config):
         width: hidden channels of an FFGate's convolutions. None: as many as the input has where that keeps the gate
             near the paper's share of a unit, fewer elsewhere.
         shut: names of gated units that no image runs, whatever their gates say: see `shut_units`.
+        open: names of gated units that every image runs which comes there: see `open_units`.
     """
 
     shorthand: ClassVar[str | None] = "kind"
@@ -89,6 +90,7 @@ class LayerGateConfig(Config):
     init: str = "open"
     width: int | None = None
     shut: tuple[str, ...] = ()
+    open: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("kind of layer gate", self.kind, LAYER_GATE_KINDS)
@@ -97,8 +99,11 @@ class LayerGateConfig(Config):
             positive_int("width", self.width)
             if self.width > 4096:
                 raise ValueError(f"width must be at most 4096; found {self.width}")
-        if not isinstance(self.shut, tuple) or not all(isinstance(name, str) for name in self.shut):
-            raise ValueError(f"shut must be a tuple of names of units; found {self.shut!r}")
+        for what, names in (("shut", self.shut), ("open", self.open)):
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{what} must be a tuple of names of units; found {names!r}")
+        if both := set(self.shut) & set(self.open):
+            raise ValueError(f"a unit is shut for good or open for good; found both: {', '.join(sorted(both))}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class UnitCost:
         sizes: for each gated hidden width, the sizes of its channel groups.
         divisible: whether the branch costs in proportion to the channels that run; if not, it is paid in full.
         shut: whether the unit is shut for good: see `shut_units`.
+        open: whether every image runs it that comes there: see `open_units`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class UnitCost:
     sizes: tuple[tuple[int, ...], ...] = ()
     divisible: bool = True
     shut: bool = False
+    open: bool = False
 
     @property
     def branch(self) -> Any:
@@ -69,11 +71,11 @@ class UnitCost:
     @property
     def cheapest(self) -> Any:
         """MACs of the unit at least, gates included."""
-        if self.skippable:
+        if self.skippable and not self.open:
             return self.layer_gate + self.shortcut
         none = [torch.zeros(1, len(sizes), dtype=torch.bool) for sizes in self.sizes]
         least = self._price_convs(none).item() if none and self.divisible else self.branch
-        return least + self.channel_gate + self.shortcut
+        return least + self.channel_gate + self.layer_gate + self.shortcut
 
     def price(self, keep: Tensor | None, channels: Sequence[Tensor] | None) -> Any:
         """MACs of each image in this unit.
@@ -249,10 +251,22 @@ class CostTable:
         heads = [values[f"exit {k}"] for k in range(len(self.exits) - 1)] + [values["head"]]
         return assembled(replace(self, stem=values["stem"], leave=leave, units=tuple(units)), heads)
 
-    def with_shut(self, names: Collection[str]) -> "CostTable":
-        """The same table with these units, and no others, shut for good."""
-        units = tuple(replace(unit, shut=unit.name in names) for unit in self.units)
-        return assembled(replace(self, units=units), [stop.head for stop in self.exits])
+    def settled_as(self, other: "CostTable") -> "CostTable":
+        """The same table with the units settled that are so in another one, whose gates are asked where its are.
+
+        Raises:
+            ValueError: if a gate is asked there that was not when this table was made; the message names its unit.
+        """
+        rows = []
+        for unit, wanted in zip(self.units, other.units, strict=True):
+            if wanted.layer_gate and not unit.layer_gate:
+                raise ValueError(
+                    f"the table was made when the gate of {unit.name} was not asked, and does not tell its cost: "
+                    "make it anew"
+                )
+            gate = unit.layer_gate if wanted.layer_gate else 0
+            rows.append(replace(unit, shut=wanted.shut, open=wanted.open, layer_gate=gate))
+        return assembled(replace(self, units=tuple(rows)), [stop.head for stop in self.exits])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""

@@ -139,10 +139,13 @@ def _count_unit(
 ) -> tuple[Tensor, Any, UnitCost]:
     layer_gates, channel_gates = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
     layer_gate: Any = 0
+    runs: bool | None = None
     channel_gate: Any = 0
     sizes: tuple[tuple[int, ...], ...] = ()
     if layer_gates is not None and i > 0:
-        (_, memory), layer_gate = meter.run(layer_gates, i - 1, x, memory)
+        runs = layer_gates.settled.get(i - 1)
+        if i - 1 in layer_gates.asked:
+            (_, memory), layer_gate = meter.run(layer_gates, i - 1, x, memory)
     if channel_gates is not None and i > 0:
         _, channel_gate = meter.run(channel_gates, i - 1, x)
         sizes = channel_gates.sizes[i - 1]
@@ -165,7 +168,8 @@ def _count_unit(
         convs=convs,
         sizes=sizes,
         divisible=meter.divisible,
-        shut=layer_gates is not None and i > 0 and i - 1 in layer_gates.shut,
+        shut=runs is False,
+        open=runs is True,
     )
     return join(unit, x, y), memory, row
 

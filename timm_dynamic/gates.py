@@ -1,7 +1,8 @@
 """Gates: small networks that look at a unit's input and say what of the unit is computed."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -139,29 +140,54 @@ class FeedForwardGate(nn.Sequential):
             open_gate(last)
 
 
-def shut_places(shut: Iterable[str], gated: Sequence[str]) -> frozenset[int]:
-    """Places of the units that are shut for good.
+class SettledGates(Exact):
+    """Layer gates of a network, some of whose units may be settled: run by every image or by none, whatever is said.
 
-    Args:
-        shut: names of those.
-        gated: names of all gated units.
-
-    Raises:
-        ValueError: for a name that is not a gated unit's.
+    Attributes:
+        gated: names of the gated units.
+        settled: for each place of a settled unit, whether it runs.
+        asked: places of the gates that are run.
     """
-    places = {name: place for place, name in enumerate(gated)}
-    for name in shut:
-        if name not in places:
-            raise ValueError(f"only gated units can be shut: {', '.join(places)}; found {name!r}")
-    return frozenset(places[name] for name in shut)
+
+    CARRIES = False  # whether what a gate saw is handed to the next
+    config: LayerGateConfig
+    gated: tuple[str, ...]
+    settled: dict[int, bool]
+    asked: frozenset[int]
+
+    def settle(self, config: LayerGateConfig, gated: Sequence[str]) -> None:
+        """Take over which units of a config are shut and which are open for good.
+
+        Raises:
+            ValueError: for a name that is not a gated unit's; nothing is changed.
+        """
+        places = {name: place for place, name in enumerate(gated)}
+        for what, names in (("shut", config.shut), ("open", config.open)):
+            for name in names:
+                if name not in places:
+                    raise ValueError(f"only gated units can be {what} for good: {', '.join(places)}; found {name!r}")
+        self.settled = {places[name]: name in config.open for name in (*config.shut, *config.open)}
+        self.config, self.gated = config, tuple(gated)
+        free = [place for place in range(len(gated)) if place not in self.settled]
+        self.asked = frozenset(range(max(free, default=-1) + 1) if self.CARRIES else free)
+
+    def forget_names(self, count: int) -> None:
+        """Forget the gated units from `count` on."""
+        left = self.gated[:count]
+        shut, opened = (tuple(name for name in names if name in left) for names in (self.config.shut, self.config.open))
+        self.settle(replace(self.config, shut=shut, open=opened), left)
+
+    def settled_prob(self, index: int, x: Tensor) -> Tensor:
+        """What stands for the probability of keeping a unit whose gate is not run: 0 or 1. -> [B]."""
+        return x.new_full((len(x),), float(self.settled[index]), dtype=torch.float32)
 
 
-class FeedForwardGates(Exact):
+class FeedForwardGates(SettledGates):
     """One gate of its own for each gated unit."""
 
     def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
         super().__init__()
-        self.config, self.shut = config, shut_places(config.shut, [site.name for site in sites])
+        self.settle(config, [site.name for site in sites])
         self.gates = nn.ModuleList(FeedForwardGate(config, site) for site in sites)
         self.threshold: Tensor = thresholds(len(sites))
 
@@ -171,27 +197,31 @@ class FeedForwardGates(Exact):
     def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and `memory` as it was.
 
-        The gate of a unit that is shut for good is not run.
+        The gate of a settled unit is not run.
         """
-        if index in self.shut:
-            return x.new_zeros(len(x), dtype=torch.float32), memory
+        if index not in self.asked:
+            return self.settled_prob(index, x), memory
         return torch.sigmoid(self.gates[index](x).float()).flatten(), memory
 
     def cut(self, count: int) -> None:
         """Forget the gates from `count` on."""
         self.gates, self.threshold = self.gates[:count], self.threshold[:count]
+        self.forget_names(count)
 
 
-class RecurrentGates(Exact):
+class RecurrentGates(SettledGates):
     """RNNGate: one LSTM cell shared by all units (SkipNet, section 3.1, fig. 3c).
 
     A projection to the cell's input for each input width (each unit in a DenseNet). The state starts at zero in each
-    forward pass and is handed from unit to unit by the caller, past units that are shut for good too.
+    forward pass and is handed from unit to unit by the caller, past settled units too: their gates are run as long as
+    the gate of a later unit needs the state.
     """
+
+    CARRIES = True
 
     def __init__(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
         super().__init__()
-        self.config, self.shut = config, shut_places(config.shut, [site.name for site in sites])
+        self.settle(config, [site.name for site in sites])
         self.keys = [site.name.replace(".", "_") if site.grows else str(site.channels) for site in sites]
         self.project = nn.ModuleDict(
             {key: nn.Linear(site.channels, RNN_SIZE) for key, site in zip(self.keys, sites, strict=True)}
@@ -207,12 +237,15 @@ class RecurrentGates(Exact):
 
     def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
+        if index not in self.asked:
+            return self.settled_prob(index, x), memory
         hidden, cell = self.cell(self.project[self.keys[index]](pooled(x)), memory)
         return torch.sigmoid(self.fc(hidden).float()).flatten(), (hidden, cell)
 
     def cut(self, count: int) -> None:
         """Forget what only the gates from `count` on use."""
         self.keys, self.threshold = self.keys[:count], self.threshold[:count]
+        self.forget_names(count)
         for key in list(self.project):
             if key not in self.keys:
                 del self.project[key]

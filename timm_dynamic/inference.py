@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import families
 from .counting import on_meta
-from .gates import RNN_SIZE, Exact, Memory, RecurrentGates, pooled
+from .gates import RNN_SIZE, Memory, RecurrentGates, SettledGates, pooled
 from .units import Slices
 
 
@@ -53,12 +53,15 @@ def _optimized(model: Any) -> Any:
     return fast.to(memory_format=torch.channels_last)
 
 
-class FoldedRecurrentGates(Exact):
+class FoldedRecurrentGates(SettledGates):
     """`RecurrentGates` in eval with projection and input weights folded into one matrix for each input width."""
+
+    CARRIES = True
 
     def __init__(self, gates: RecurrentGates) -> None:
         super().__init__()
-        self.config, self.keys, self.shut = gates.config, list(gates.keys), gates.shut
+        self.settle(gates.config, gates.gated)
+        self.keys = list(gates.keys)
         self.threshold: Tensor = nn.Buffer(gates.threshold.clone())
         cell, matrices, offsets = gates.cell, {}, {}
         for key in dict.fromkeys(self.keys):
@@ -76,6 +79,13 @@ class FoldedRecurrentGates(Exact):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def cut(self, count: int) -> None:
+        """Forget what only the gates from `count` on use."""
+        self.keys, self.threshold = self.keys[:count], self.threshold[:count]
+        self.matrices, self.offsets = (nn.ParameterList(list(rows)[:count]) for rows in (self.matrices, self.offsets))
+        self.forget_names(count)
+        self.at_hand = []
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.at_hand = []
         return super()._apply(fn, recurse)
@@ -89,6 +99,8 @@ class FoldedRecurrentGates(Exact):
 
     def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
+        if index not in self.asked:
+            return self.settled_prob(index, x), memory
         seen = pooled(x)
         if memory is None:
             memory = (seen.new_zeros(len(seen), RNN_SIZE),) * 2

@@ -101,16 +101,18 @@ def _run_unit(net: Net, graph: Graph, way: _Way, i: int) -> _Way:
         way = replace(way, x=leave_stage(net, graph, stage, way.x)).pay(net.table.leave[stage])
     way = way.pay(row.shortcut + row.layer_gate)
     pools = gates_pool(net, i + 1) and not (unit.kind.grows and unit.last)
-    if i == 0 or net.layer_gates is None:
-        found = _compute(net, graph, i, way.x, pools)
-        if not row.sizes:
-            way = way.pay(row.branch)
-    else:
+    keep: str | bool = True
+    if i > 0 and net.layer_gates is not None:
         keep, memory = ask_layer(net, graph, i - 1, way.x, way.memory)
         way = replace(way, memory=memory)
+    if isinstance(keep, str):
         found = _choose(net, graph, i, way.x, keep, pools)
-        if not row.sizes:
-            way = replace(way, kept=(*way.kept, (keep, row.branch)))
+        way = way if row.sizes else replace(way, kept=(*way.kept, (keep, row.branch)))
+    elif keep:
+        found = _compute(net, graph, i, way.x, pools)
+        way = way if row.sizes else way.pay(row.branch)
+    else:
+        found = _rest(net, graph, i, way.x, pools)
     if row.sizes:
         way = replace(way, chosen=(*way.chosen, found[-1].name))
     return replace(way, x=_join(net, graph, i, way.x, found[0]))

@@ -43,19 +43,24 @@ def _run_unit(net: Net, graph: Graph, i: int, x: Value, spent: Value, memory: Me
         x = leave_stage(net, graph, net.units[g].stage, x)
         (spent,) = translate(graph, lambda spent: spent + net.table.leave[net.units[g].stage], spent)
     chosen: list[Value] = []
-    layered = i > 0 and net.layer_gates is not None
-    if layered:
+    keep: str | bool = True
+    if i > 0 and net.layer_gates is not None:
         keep, memory = ask_layer(net, graph, g, x, memory)
-        keep = graph.op("Reshape", keep, graph.constant([-1], "int64"))
-        chosen.append(Value(keep, torch.ones(len(x.sample), dtype=torch.bool)))
-    if i > 0 and net.channel_gates is not None:
+    asked = isinstance(keep, str)
+    if isinstance(keep, str):
+        flat = graph.op("Reshape", keep, graph.constant([-1], "int64"))
+        chosen.append(Value(flat, torch.ones(len(x.sample), dtype=torch.bool)))
+    if i > 0 and net.channel_gates is not None and keep is not False:
         chosen += ask_channels(net, graph, g, x)
 
     def run(x: Tensor, spent: Tensor, *chosen: Tensor) -> tuple[Tensor, Tensor]:
-        keep, channels = (chosen[0], chosen[1:]) if layered else (None, chosen)
+        if keep is False:
+            y = units.rest(unit, units.shortcut(unit, x))
+            return units.join(unit, x, y), spent + row.cheapest
+        keep_each, channels = (chosen[0], chosen[1:]) if asked else (None, chosen)
         wide = [widen(k, sizes) for k, sizes in zip(channels, row.sizes, strict=True)] or None
-        y = units.run_masked(unit, x, keep, wide)
-        return units.join(unit, x, y), spent + row.price(keep, channels or None)
+        y = units.run_masked(unit, x, keep_each, wide)
+        return units.join(unit, x, y), spent + row.price(keep_each, channels or None)
 
     x, spent = translate(graph, run, x, spent, *chosen)
     return x, spent, memory

@@ -111,20 +111,23 @@ def level_of(probability: float) -> float:
     return CERTAIN if probability == 1 else math.log(probability) - math.log1p(-probability)
 
 
-def ask_layer(net: Net, graph: Graph, g: int, x: Value, memory: Memory) -> tuple[str, Memory]:
-    """Whether gated unit `g` runs: bool, one element for each image, and the next state of an RNN gate."""
+def ask_layer(net: Net, graph: Graph, g: int, x: Value, memory: Memory) -> tuple[str | bool, Memory]:
+    """Whether gated unit `g` runs: bool, one element for each image, or one for all where the unit is settled.
+
+    Returns:
+        That, and the next state of an RNN gate.
+    """
     gates = net.layer_gates
-    shut = g in gates.shut
-    level = math.inf if shut else level_of(float(gates.threshold[g]))
-    if isinstance(gates, FoldedRecurrentGates):
-        return _recur(graph, gates, g, x, memory, level)
-    (logit,) = translate(graph, _one_number if shut else gates.gates[g], x)
-    return graph.op("GreaterOrEqual", logit.name, graph.constant(level)), memory
-
-
-def _one_number(x: Tensor) -> Tensor:
-    """Something for each image, in the place of a gate that is not run. x: [B, C, H, W] -> [B, 1]."""
-    return x.sum((1, 2, 3), keepdim=True).flatten(1) * 0
+    keep: str | bool = gates.settled.get(g, "")
+    if g in gates.asked:
+        level = level_of(float(gates.threshold[g]))
+        if isinstance(gates, FoldedRecurrentGates):
+            found, memory = _recur(graph, gates, g, x, memory, level)
+        else:
+            (logit,) = translate(graph, gates.gates[g], x)
+            found = graph.op("GreaterOrEqual", logit.name, graph.constant(level))
+        keep = found if g not in gates.settled else keep
+    return keep, memory
 
 
 def _recur(
@@ -161,8 +164,8 @@ def gates_pool(net: Net, i: int) -> bool:
     if not 0 < i < len(net.units):
         return False
     layer, channel = net.layer_gates, net.channel_gates
-    kinds = [None if layer is None else layer.config.kind, channel]
-    return kinds[0] in ("rnn", "linear") or (channel is not None and hasattr(channel.gates[i - 1], "fc1"))
+    asked = layer is not None and i - 1 in layer.asked and layer.config.kind in ("rnn", "linear")
+    return asked or (channel is not None and hasattr(channel.gates[i - 1], "fc1"))
 
 
 # Exits ---------------------------------------------------------------------------------------------------------------

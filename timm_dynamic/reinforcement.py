@@ -14,7 +14,7 @@ from . import losses
 from .forward import Decisions, decide
 from .gates import sharpened
 from .surgery import set_execution, set_gating
-from .tasks import DynamicTask, mean_over_processes, of_open_units, zero_of_all
+from .tasks import DynamicTask, mean_over_processes, of_free_units, zero_of_all
 
 TEMPERATURES = (1e-3, 1.0)  # of sampled decisions
 
@@ -124,7 +124,7 @@ class ReinforceTask(DynamicTask):
         return {"loss": loss, "paid": paid.mean(), **self._metrics(decisions, y, share, weight)}
 
     def _open(self, values: Tensor) -> Tensor:
-        return of_open_units(self.model, values)
+        return of_free_units(self.model, values)
 
     def _paid(self, decisions: Decisions, y: Tensor, weight: Tensor) -> Tensor:
         """[B, gates]: what follows each decision is worth."""

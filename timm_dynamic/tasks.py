@@ -34,9 +34,9 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def shut(model: nn.Module) -> bool:
-    """Whether units are shut for good, which then take no part in training."""
-    return bool(getattr(getattr(model, "layer_gates", None), "shut", ()))
+def settled(model: nn.Module) -> bool:
+    """Whether units are shut or open for good: then they, or their gates, take no part in training."""
+    return bool(getattr(getattr(model, "layer_gates", None), "settled", ()))
 
 
 def zero_of_all(model: nn.Module) -> Tensor:
@@ -124,8 +124,11 @@ class WarmupTask(nn.Module):
         """Mean number of gates that are shut for images ``x`` [B, C, H, W] as the loss."""
         decisions = decide(self.model, x)
         keeps = [decisions.layer_keep, *decisions.channel_keep]
+        loss = losses.shut_gates(keeps)
+        if settled(self.model):
+            loss = loss + zero_of_all(self.model)
         return {
-            "loss": losses.shut_gates(keeps),
+            "loss": loss,
             "accuracy": _accuracy(decisions.logits, y),
             "keep_ratio": _keep_ratio(decisions),
             "skip_ratio": 1 - torch.cat([keep.detach().float() for keep in keeps], dim=1).mean(),
@@ -198,10 +201,10 @@ def following(prob: Tensor, keep: Tensor) -> Tensor:
     return losses.decision_cross_entropy(prob.clamp(TINY, 1 - TINY), wanted)
 
 
-def of_open_units(model: Any, values: Tensor) -> Tensor:
-    """The columns [B, N'] of the gated units that are not shut for good: of the others nothing was decided."""
-    shut_for_good = model.layer_gates.shut
-    return values[:, [g for g in range(values.shape[1]) if g not in shut_for_good]] if shut_for_good else values
+def of_free_units(model: Any, values: Tensor) -> Tensor:
+    """The columns [B, N'] of the gated units that are not settled: of the others nothing was decided."""
+    known = model.layer_gates.settled
+    return values[:, [g for g in range(values.shape[1]) if g not in known]] if known else values
 
 
 def _units(model: nn.Module) -> int:
@@ -322,8 +325,8 @@ class DynamicTask(nn.Module):
         weight = self._cost_weight(mean_over_processes(share.detach()))
         loss = self._classify(decisions, x, y) + weight * share
         if self.information and decisions.layer_prob.shape[1]:
-            loss = loss - self.information * losses.unit_information(of_open_units(self.model, decisions.layer_prob))
-        if shut(self.model):
+            loss = loss - self.information * losses.unit_information(of_free_units(self.model, decisions.layer_prob))
+        if settled(self.model):
             loss = loss + zero_of_all(self.model)
         return {"loss": loss, **self._metrics(decisions, y, share, weight)}
 

@@ -237,8 +237,9 @@ class Walk:
         """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
         assert self.layer_gates is not None
         prob, self.memory = self.layer_gates(g, self.x, self.memory)
-        if g in self.layer_gates.shut:
-            keep = torch.zeros_like(prob) if self.model.training else torch.zeros_like(prob, dtype=torch.bool)
+        runs = self.layer_gates.settled.get(g)
+        if runs is not None:
+            keep = torch.full_like(prob, runs, dtype=None if self.model.training else torch.bool)
         elif self.forced is None or self.forced.layer_keep is None:
             keep = self._choose(prob, self.layer_levels, g)
         else:
@@ -293,6 +294,7 @@ class Walk:
     def _run_masked(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
         channels = self._ask_channels(i - 1, self.x, None) if i > 0 and self.channel_gates is not None else None
         wide = None if channels is None else self._widened(i - 1, channels)
+        keep = None if self._known(i - 1) else keep
         for account in self.accounts:
             account.charge(account.table.units[i].price(keep, channels))
         if self.log is not None and channels is not None:
@@ -309,20 +311,23 @@ class Walk:
 
     def _nobody_runs(self, g: int, keep: Tensor | None) -> bool:
         """Whether gated unit `g` need not be computed in training: no image runs it, and no gate learns from it."""
-        if self._known_idle(g):
+        if self._known(g) is False:
             return True
         if self.forced is None or self.forced.layer_keep is None or keep is None:
             return False
         followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(keep) is not Tensor
         return not followed and not keep.requires_grad and keep.device.type == "cpu" and not bool(keep.any())
 
-    def _known_idle(self, g: int) -> bool:
-        """Whether no image ever runs gated unit `g`, which is known without waiting for a value."""
-        shut = self.layer_gates is not None and g in self.layer_gates.shut
-        return shut or (self.forced is not None and g in self.forced.idle)
+    def _known(self, g: int) -> bool | None:
+        """Whether all images run gated unit `g`, or none, if that is known without waiting for a value."""
+        runs: bool | None = None if self.layer_gates is None else self.layer_gates.settled.get(g)
+        idle = runs is None and self.forced is not None and g in self.forced.idle
+        return False if idle else runs
 
     def _run_skipping(self, i: int, unit: families.Unit, keep: Tensor | None) -> None:
         g = i - 1
+        known = self._known(g)
+        keep = None if known else keep
         chosen: list[Tensor] | None = None
 
         def choose(x: Tensor, places: Tensor | None) -> list[Tensor] | None:
@@ -337,7 +342,7 @@ class Walk:
 
         sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
         reuse = not (self.shared or self.x.requires_grad or self.learning)  # a gate may need x again
-        if self._known_idle(g):
+        if known is False:
             y = units.rest(unit, units.shortcut(unit, self.x))
         else:
             y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)

@@ -85,6 +85,11 @@ FLAGS = {
         "Shut units for good that no more than this share of the training images run, so that hard budgets need not "
         "allow for them: at the end, and from the first step on those that --start's policy never runs.",
     ),
+    "open": _flag(
+        float | None,
+        "At the end, open units for good that at least this share of the training images run: their gates are no "
+        "longer asked, which saves time.",
+    ),
     # Exits
     "exits_after": _flag(
         str | None, "Stages or units with an exit, as in 1,2,layer3.2; default: every stage but the last."
@@ -126,7 +131,7 @@ TRAINING = (
 )
 GATES = (
     *("base", "start", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information"),
-    *("shut", "gain"),
+    *("shut", "open", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exits_after", "exit_weighting", "distill_exits", "calibrate")

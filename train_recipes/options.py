@@ -65,6 +65,7 @@ class Settings:
     distill: float = 0.0
     information: float = 0.0
     shut: float | None = None
+    open: float | None = None
     exits_after: str | None = None
     exit_weighting: str = "uniform"
     distill_exits: float = 0.0
@@ -150,6 +151,8 @@ def _check(found: Settings, prefix: str) -> None:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
     if found.shut is not None and not 0 <= found.shut < 1:
         raise RunError(f"--shut must be a share of the images in [0, 1); found {found.shut}")
+    if found.open is not None and not (found.shut or 0) < found.open <= 1:
+        raise RunError(f"--open must be a share of the images above --shut, at most 1; found {found.open}")
     if not 0 <= found.explore < 0.5:
         raise RunError(f"--explore must be a share in [0, 0.5); found {found.explore}")
     if found.clip_grad is not None and found.clip_grad < 0:

@@ -17,7 +17,7 @@ from options import Settings
 from run_folder import SETTINGS, RunError
 from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
 from timm_dynamic.hindsight import HindsightTask, without_last
-from timm_dynamic.shutting import gated_units
+from timm_dynamic.settling import gated_units
 from timm_dynamic.tasks import FollowTask
 
 Surgery = Callable[[nn.Module, Settings], Any]

@@ -206,7 +206,7 @@ def finish(
     seed_everything(settings.seed)  # units that are dropped at random are so in the same images after a resume
     if hasattr(model, "dynamic"):
         td.set_execution(model, "skip")
-        _shut_idle(accelerator, model, data, settings)
+        _settle(accelerator, model, data, settings)
         _meet_target(accelerator, model, data, settings)
         _leave_early(accelerator, model, data, settings)
     chosen = restrictions(model, data.input_size)
@@ -224,14 +224,19 @@ def finish(
     accelerator.wait_for_everyone()
 
 
-def _shut_idle(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
-    """Shut what is hardly run; every process finds the same."""
+def _settle(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
+    """Shut what is hardly run, and open what nearly all images run; every process finds the same."""
     fixed = settings.method in ("sdv", "static") or not hasattr(model, "layer_gates")
-    if settings.shut is None or fixed or settings.max_steps:
+    if fixed or settings.max_steps:
         return
-    idle = td.idle_units(model, plain_images(data, SEEN_IMAGES), settings.shut)
-    td.shut_units(model, idle)
-    accelerator.print(f"shut for good: {', '.join(idle) or 'no unit'}")
+    if settings.shut is not None:
+        idle = td.idle_units(model, plain_images(data, SEEN_IMAGES), settings.shut)
+        td.shut_units(model, idle)
+        accelerator.print(f"shut for good: {', '.join(idle) or 'no unit'}")
+    if settings.open is not None:
+        busy = td.busy_units(model, plain_images(data, SEEN_IMAGES), settings.open)
+        td.open_units(model, busy)
+        accelerator.print(f"open for good: {', '.join(busy) or 'no unit'}")
 
 
 def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Units that are shut for good: nobody runs them, budgets need not allow for them, training leaves them out."""
+"""Units that are shut or open for good: their gates are not asked, and what nobody runs costs nothing."""
 
 import copy
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import nn
 
 import timm_dynamic as td
 from timm_dynamic import families, units
-from timm_dynamic.tasks import DynamicTask, FollowTask
+from timm_dynamic.tasks import DynamicTask, FollowTask, WarmupTask
 
 SIZE = (3, 40, 40)
 
@@ -138,6 +138,203 @@ def test_exported_networks(layer: str, batch: bool, tmp_path: Path) -> None:
     wanted = decide(model, x)
     assert_near(torch.from_numpy(logits), wanted.logits)
     assert macs.tolist() == wanted.macs.tolist()
+
+
+# Units that are open for good ----------------------------------------------------------------------------------------
+
+
+def opened(model: nn.Module) -> list[int]:
+    """Open two gated units for good, the second and the last; their places."""
+    places = [1, units_of(model) - 1]
+    assert td.open_units(model, [gated(model)[place] for place in reversed(places)]) is model
+    return places
+
+
+def gates_run(model: nn.Module, x: torch.Tensor) -> list[int]:
+    """Places of the layer gates that a forward pass runs."""
+    found: list[int] = []
+    gates: Any = model.layer_gates
+    watched = list(gates.gates) if hasattr(gates, "gates") else [gates.cell]
+    handles = [module.register_forward_hook(lambda *_, k=k: found.append(k)) for k, module in enumerate(watched)]
+    decide(model, x)
+    for handle in handles:
+        handle.remove()
+    return found if hasattr(gates, "gates") else list(range(len(found)))
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("layer", LAYER_KINDS)
+def test_open_units_are_those_that_everybody_keeps(kind: str, layer: str) -> None:
+    model, x = undecided(kind, layer=layer), images(6)
+    before, first = decide(model, x), td.cost_table(model, SIZE)
+    other = copy.deepcopy(model)
+    places = opened(model)
+    other.layer_gates.threshold[places] = 0.0
+    wanted, found = decide(other, x), decide(model, x)
+    assert not torch.equal(before.layer_keep, found.layer_keep)
+    assert torch.equal(found.layer_keep, wanted.layer_keep)
+    assert_near(found.logits, wanted.logits)
+    with masked(model):
+        assert_same_decisions(decide(model, x), found)
+    gates = [row.layer_gate for row in first.units]
+    spared = sum(gates) - sum(row.layer_gate for row in td.cost_table(model, SIZE).units)
+    assert spared > 0
+    assert torch.equal(found.macs, wanted.macs - spared)
+    logits, macs = run(model, x)
+    assert macs == found.macs.sum()
+    assert_near(logits, found.logits)
+    with td.force(model, layer_keep=0.0):
+        kept = decide(model, x).layer_keep
+    assert kept.sum(0).tolist() == [6 if place in places else 0 for place in range(units_of(model))]
+    td.open_units(model, [])
+    assert_same_decisions(decide(model, x), before)
+
+
+@pytest.mark.parametrize("layer", ["rnn", "ff2"])
+def test_gates_of_settled_units_are_not_asked(layer: str) -> None:
+    model, x = undecided("basic", ("layer",), layer=layer), images(3)
+    count = units_of(model)
+    assert gates_run(model, x) == list(range(count))
+    places = opened(model)
+    td.shut_units(model, [gated(model)[0]])
+    # what an RNN gate sees is wanted by the gates behind it, whatever becomes of its own unit
+    last = list(range(count - 1))
+    assert gates_run(model, x) == (last if layer == "rnn" else [p for p in last if p not in (0, *places)])
+    td.open_units(model, gated(model)[1:])
+    assert gates_run(model, x) == []
+    table = td.cost_table(model, SIZE)
+    assert not any(row.layer_gate for row in table.units)
+    assert table.cheapest == table.dearest == int(decide(model, images(1)).macs)
+    prob = decide(model, x).layer_prob
+    assert prob.tolist() == [[0.0] + [1.0] * (count - 1)] * 3
+
+
+def test_nobody_waits_to_see_who_keeps_an_open_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = undecided("basic"), []
+    names, skipping = [gated(model)[place] for place in opened(model)], units.run_skipping
+    monkeypatch.setattr(units, "run_skipping", lambda u, x, k, *r: asked.append((u.name, k)) or skipping(u, x, k, *r))
+    decide(model, images(4))
+    first = families.units(model)[0].name
+    assert [name for name, keep in asked if keep is None] == [first, *names]
+
+
+@pytest.mark.parametrize("parts", [("layer", "channel", "exits"), ("layer", "exits")])
+@pytest.mark.parametrize("layer", ["rnn", "ff2"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_exported_with_open_units(parts: tuple[str, ...], layer: str, batch: bool, tmp_path: Path) -> None:
+    model, x = undecided("basic", parts, layer=layer), images(4, 32)
+    opened(model)
+    td.shut_units(model, [gated(model)[0]])
+    td.export_onnx(model, tmp_path / "model.onnx", (3, 32, 32), dynamic_batch=batch)
+    logits, _, macs = td.onnx_runner(tmp_path / "model.onnx", threads=1)(x.numpy())
+    wanted = decide(model, x)
+    assert_near(torch.from_numpy(logits), wanted.logits)
+    assert macs.tolist() == wanted.macs.tolist()
+
+
+def test_optimised_copies_with_open_units() -> None:
+    model, x = undecided("basic"), images(4)
+    fast = td.optimize_for_inference(model)
+    opened(model)
+    assert_same_decisions(decide(td.optimize_for_inference(model), x), decide(model, x))
+    td.open_units(fast, model.layer_gates.config.open)
+    assert_same_decisions(decide(fast, x), decide(model, x))
+
+
+@pytest.mark.parametrize("layer", ["rnn", "ff1"])
+def test_training_with_open_units(layer: str) -> None:
+    model, x, y = undecided("basic", ("layer", "exits"), layer=layer).train(), images(4), torch.arange(4)
+    td.shut_units(model, gated(model)[:1])
+    td.open_units(model, gated(model)[1:])
+    found = decide(model, x)
+    assert found.layer_keep[:, 1:].eq(1).all()
+    assert not found.layer_keep[:, 0].any()
+    assert not found.layer_prob.requires_grad
+    DynamicTask(model, _dense(model, 40), 10, target=0.5)(x, y)["loss"].backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values()), "other processes meet every parameter"
+    assert not any(bool(grad.any()) for name, grad in grads.items() if name.startswith("layer_gates."))
+    assert all(bool(grads[f"{name}.conv1.weight"].any()) for name in gated(model)[1:])
+
+
+@pytest.mark.parametrize("task", [WarmupTask, lambda model: FollowTask(model, "0" + "1" * (units_of(model) - 1))])
+def test_gates_of_settled_units_have_nothing_to_learn(task: Any) -> None:
+    model = undecided("basic", ("layer",)).train()
+    td.shut_units(model, gated(model)[:1])
+    td.open_units(model, gated(model)[1:])
+    task(model)(images(4), torch.arange(4))["loss"].backward()
+    assert not any(bool(p.grad.any()) for p in model.layer_gates.parameters() if p.grad is not None)
+
+
+def test_busy_units() -> None:
+    model, x = undecided("basic"), images(20)
+    share = decide(model, x).layer_keep.double().mean(0).tolist()
+    for limit in (0.0, min(share), sorted(share)[len(share) // 2], 1.0):
+        wanted = tuple(name for name, one in zip(gated(model), share, strict=True) if one >= limit)
+        assert td.busy_units(model, x.split(7), limit) == wanted
+    td.open_units(model, td.busy_units(model, [x], 0.5))
+    keep = decide(model, x).layer_keep
+    assert all(keep[:, place].all() for place in model.layer_gates.settled)
+    assert set(model.layer_gates.config.open) <= set(td.busy_units(model, [x]))
+
+
+def test_open_units_are_saved(tmp_path: Path) -> None:
+    model = timm.create_model("ddi_resnet20_cifar")
+    td.shut_units(td.open_units(model, ["layer3.1"]), ["layer1.1"])
+    td.save_pretrained(model, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "each image decides which units run" in text
+    assert "units that every image runs that comes there: `layer3.1`" in text
+    found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert found.layer_gates.settled == model.layer_gates.settled == {0: False, 6: True}
+    td.open_units(model, gated(model)[1:])
+    td.save_pretrained(model, tmp_path)
+    assert "not asked any more: all units are settled" in (tmp_path / "README.md").read_text()
+
+
+def test_calibration_without_a_free_gate_moves_exits_alone() -> None:
+    model = undecided("basic", ("layer", "exits"))
+    td.open_units(model, gated(model))
+    loader = [(images(64, 32), torch.randint(10, (64,)))]
+    before = model.layer_gates.threshold.clone()
+    found = td.calibrate(model, loader, td.cost_table(model, (3, 32, 32)).exits[0].dearest / _dense(model, 32))
+    assert torch.equal(model.layer_gates.threshold, before)
+    assert found.threshold == before[0].item()
+    with pytest.raises(ValueError, match="not all settled; found none"):
+        td.calibrate(model, loader, 0.5, use="gates")
+
+
+def test_no_unit_is_shut_and_open() -> None:
+    model = td.shut_units(undecided("basic"), ["layer1.1"])
+    before = model.layer_gates.config
+    with pytest.raises(ValueError, match=r"shut for good or open for good; found both: layer1\.1"):
+        td.open_units(model, ["layer1.1"])
+    with pytest.raises(ValueError, match=r"be open for good: layer1\.1, .*found 'layer9\.9'"):
+        td.open_units(model, ["layer9.9"])
+    assert model.layer_gates.settled == {0: False}
+    assert model.layer_gates.config == before
+
+
+def test_a_table_without_a_gate_does_not_tell_its_cost() -> None:
+    model = undecided("basic", layer="ff2")
+    places = opened(model)
+    table = td.cost_table(model, SIZE, "energy_mj")
+    td.set_budget(model, energy_mj=table.exits[-1].dearest, table=table, input_size=SIZE)
+    with pytest.raises(ValueError, match=r"gate of layer2\.0 was not asked.*make it anew"):
+        td.open_units(model, [])
+    assert sorted(model.layer_gates.settled) == places
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_stages_that_are_cut_off_take_their_open_units_along(fast: bool) -> None:
+    model, x = undecided("basic", ("layer",)), images(2)
+    td.open_units(model, [gated(model)[0], gated(model)[-1]])
+    model = td.optimize_for_inference(model) if fast else model
+    before = decide(model, x).layer_keep
+    model.prune_intermediate_layers([1])
+    assert model.layer_gates.settled == {0: True}
+    found = decide(model, x).layer_keep
+    assert torch.equal(found, before[:, : found.shape[1]])
 
 
 # Budgets -------------------------------------------------------------------------------------------------------------
@@ -255,19 +452,23 @@ def test_saved_and_made_by_name(tmp_path: Path) -> None:
     assert "units that no image runs: `layer1.1`, `layer3.1`" in (tmp_path / "README.md").read_text()
     found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert found.layer_gates.config == model.layer_gates.config
-    assert found.layer_gates.shut == model.layer_gates.shut == {0, 6}
+    assert found.layer_gates.settled == model.layer_gates.settled == {0: False, 6: False}
     opened = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, layer_gates="rnn")
-    assert opened.layer_gates.shut == frozenset()
+    assert opened.layer_gates.settled == {}
     other = timm.create_model("ddi_resnet20_cifar", layer_gates={"kind": "ff1", "shut": ["layer1.2"]})
-    assert other.layer_gates.shut == {1}
+    assert other.layer_gates.settled == {1: False}
 
 
 @pytest.mark.parametrize(
     ("make", "names", "message"),
     [
-        (lambda: dynamic("basic"), ["layer1.1", "layer9.9"], "only gated units can be shut: layer1.1, .*found 'layer9"),
+        (
+            lambda: dynamic("basic"),
+            ["layer1.1", "layer9.9"],
+            "be shut for good: layer1.1, .*found 'layer9",
+        ),
         (lambda: dynamic("basic"), ["layer1.0"], "found 'layer1.0'"),
-        (lambda: dynamic("basic", ("channel",)), ["layer1.1"], "only layer gates shut units"),
+        (lambda: dynamic("basic", ("channel",)), ["layer1.1"], "only layer gates shut or open units"),
         (lambda: stock("basic"), ["layer1.1"], "a dynamic model is needed"),
     ],
 )
@@ -275,12 +476,12 @@ def test_what_cannot_be_shut(make: Any, names: list[str], message: str) -> None:
     model = make()
     with pytest.raises(ValueError, match=message):
         td.shut_units(model, names)
-    assert getattr(getattr(model, "layer_gates", None), "shut", frozenset()) == frozenset()
+    assert not getattr(getattr(model, "layer_gates", None), "settled", {})
 
 
 def test_bad_arguments() -> None:
     model = dynamic("basic")
-    with pytest.raises(ValueError, match="needs images; found none"):
+    with pytest.raises(ValueError, match="without images; found none"):
         td.idle_units(model, [])
     with pytest.raises(ValueError, match="share must be a number in"):
         td.idle_units(model, [images(2)], 1.5)
