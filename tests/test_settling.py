@@ -288,8 +288,17 @@ def test_open_units_are_saved(tmp_path: Path) -> None:
     found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert found.layer_gates.settled == model.layer_gates.settled == {0: False, 6: True}
     td.open_units(model, gated(model)[1:])
-    td.save_pretrained(model, tmp_path)
-    assert "not asked any more: all units are settled" in (tmp_path / "README.md").read_text()
+    row = {"target": 0.3, "threshold": None, "confidence": 0.8, "accuracy": 0.5, "macs": 1e6, "max_macs": 2e6}
+    metrics = {"dataset": "digits", "calibrated": {"images": 60, "held_out": True, "rows": [row]}}
+    td.save_pretrained(model, tmp_path, metrics=metrics)
+    text = (tmp_path / "README.md").read_text()
+    assert "not asked any more: all units are settled" in text
+    assert "\n| target | images leave from a confidence of |\n|---|---|\n| 30% of the base | 0.8 |\n" in text
+    assert "gates keep from" not in text
+    row["threshold"] = 0.25
+    td.save_pretrained(model, tmp_path, metrics=metrics)
+    wanted = "\n| target | gates keep from a probability of | images leave from a confidence of |\n|---|---|---|\n"
+    assert f"{wanted}| 30% of the base | 0.25 | 0.8 |\n" in (tmp_path / "README.md").read_text()
 
 
 def test_calibration_without_a_free_gate_moves_exits_alone() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import one_of, positive
 from .exits import NEVER
-from .gates import gate_parts
+from .gates import gate_parts, gates_choose
 from .modes import modes_kept
 from .walk import Log, Walk, dynamic_of, table_for
 
@@ -125,8 +125,7 @@ def _movable(model: Any, use: str) -> tuple[bool, bool]:
     """Whether gates and exits are to be moved; gates that nobody asks cannot be."""
     dynamic_of(model)
     one_of("use", use, ("both", "gates", "exits"))
-    free = hasattr(model, "layer_gates") and len(model.layer_gates.settled) < len(model.layer_gates)
-    gates = use != "exits" and (free or hasattr(model, "channel_gates"))
+    gates = use != "exits" and gates_choose(model)
     exits = use != "gates" and hasattr(model, "exits")
     if not gates and not exits:
         raise ValueError(f"calibrate(use={use!r}) needs a model with such parts, not all settled; found none")

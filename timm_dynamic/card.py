@@ -146,7 +146,7 @@ def _calibration(found: Any) -> dict[str, Any] | None:
     rows = [
         {
             "target": f"{row['target']:.0%}",
-            "threshold": f"{row['threshold']:.4g}" if row["threshold"] else "0: all that are not shut",
+            "threshold": f"{row['threshold'] or 0:.4g}" if row["threshold"] != 0 else "0: all that are not shut",
             "confidence": "none leaves" if row["confidence"] is None else f"{row['confidence']:.4g}",
         }
         for row in found["rows"]
@@ -156,6 +156,7 @@ def _calibration(found: Any) -> dict[str, Any] | None:
         "count": found["images"],
         "held_out": found.get("held_out", False),
         "rows": rows,
+        "gates": any(row["threshold"] is not None for row in found["rows"]),
         "exits": any(row["confidence"] is not None for row in found["rows"]),
     }
 
@@ -295,8 +296,11 @@ def _described(model: Any, base: str) -> dict[str, Any]:
     budget = model.dynamic.budget if dynamic else None
     parts = []
     if layer is not None:
-        free = len(layer.settled) < len(layer)
-        does = ": each image decides which units run" if free else ", not asked any more: all units are settled"
+        does = (
+            ": each image decides which units run"
+            if len(layer.settled) < len(layer)
+            else ", not asked any more: all units are settled"
+        )
         parts.append(f"layer gates of kind `{layer.config.kind}`{does}")
         runs = ((layer.config.shut, "no image runs"), (layer.config.open, "every image runs that comes there"))
         for names, who in runs:

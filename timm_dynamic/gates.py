@@ -28,6 +28,12 @@ def gate_parts(model: Any) -> list[Any]:
     return [getattr(model, part) for part in GATES if hasattr(model, part)]
 
 
+def gates_choose(model: Any) -> bool:
+    """Whether anything is left to the gates of a model: channels, or units that are not settled."""
+    layers = getattr(model, "layer_gates", None)
+    return hasattr(model, "channel_gates") or (layers is not None and len(layers.settled) < len(layers))
+
+
 def straight_through(prob: Tensor) -> Tensor:
     """The hard decision forward, the probability's gradient backward (SkipNet, eq. 7).
 

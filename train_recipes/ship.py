@@ -36,7 +36,7 @@ from timm_dynamic.cli.errors import CommandError, one_line
 from timm_dynamic.cli.evaluate import BATCH
 from timm_dynamic.cli.models import load, restrict
 from timm_dynamic.evaluation import compare, costs_of
-from timm_dynamic.gates import PARTS
+from timm_dynamic.gates import PARTS, gates_choose
 from timm_dynamic.hub import CARD, PREFIXES, base_name, base_of, config_text, save_pretrained
 from timm_dynamic.safety import CONFIG, WEIGHTS
 
@@ -295,7 +295,8 @@ def _calibrated(stage: Path, order: Order, held_out: HeldOut) -> tuple[list[Row]
         apply_calibration(model, set_to)
         early = set_to.confidence if hasattr(model, "exits") and set_to.confidence <= 1 else None
         row = _few(_row(model, order))
-        found.append({"target": target, "threshold": set_to.threshold, "confidence": early, **row})
+        threshold = set_to.threshold if gates_choose(model) else None
+        found.append({"target": target, "threshold": threshold, "confidence": early, **row})
         lines.append(f"calibrated to {target:.0%}: {_shown(row)}")
     return found, lines
 

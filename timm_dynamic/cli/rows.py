@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ChannelGateConfig, CostTable, Decisions, LayerGateConfig, calibrate, cost_table, decide, set_budget
 from ..budgets import default_input_size
 from ..evaluation import collect, compare, summarise
+from ..gates import gates_choose
 from ..registry import METHODS
 from ..walk import table_for
 from .errors import BadInput, bad_input
@@ -251,7 +252,7 @@ def calibrate_row(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], sha
     with bad_input():
         found = calibrate(model, loader, share)
         set_budget(model)
-    return dataclasses.asdict(found)
+    return {**dataclasses.asdict(found), **({} if gates_choose(model) else {"threshold": None})}
 
 
 def against_row(name: str, own: Row, right: Tensor, other: Row, others_right: Tensor) -> Row:

@@ -200,7 +200,8 @@ def strip(units: Sequence[Row], signs: str = BLOCKS) -> str:
 def _calibrated(found: Row) -> Iterator[tuple[str, str]]:
     """Thresholds that were set, and what they gave on the images that they were set on."""
     yield "calibrated on held-out images to", f"{percent(found['fraction'])} of dense"
-    yield "gates keep from a probability of", f"{found['threshold']:.4g}"
+    if found["threshold"] is not None:
+        yield "gates keep from a probability of", f"{found['threshold']:.4g}"
     leaves = "no image" if found["confidence"] > 1 else f"{found['confidence']:.4g}"
     yield "images leave from a confidence of", leaves
 
