@@ -27,6 +27,7 @@ from torch import nn
 import timm_dynamic as td
 from timm_dynamic import families, units
 from timm_dynamic.tasks import DynamicTask, FollowTask, WarmupTask
+from timm_dynamic.walk import Walk
 
 SIZE = (3, 40, 40)
 
@@ -207,6 +208,23 @@ def test_gates_of_settled_units_are_not_asked(layer: str) -> None:
     assert table.cheapest == table.dearest == int(decide(model, images(1)).macs)
     prob = decide(model, x).layer_prob
     assert prob.tolist() == [[0.0] + [1.0] * (count - 1)] * 3
+
+
+def test_a_memory_of_free_units_alone() -> None:
+    model, x = undecided("basic", ("layer",)), images(3)
+    names, count = gated(model), units_of(model)
+    other = td.add_layer_gates(stock("basic"), td.LayerGateConfig(shut=(names[0],), open=(names[1],), memory="free"))
+    other.load_state_dict(model.state_dict())
+    assert gates_run(other.eval(), x) == list(range(count - 2))
+    td.open_units(td.shut_units(model, names[:1]), names[1:2])
+    assert gates_run(model, x) == list(range(count))
+    walk = Walk(other, x)
+    walk.to_unit(2)  # gated unit 2 comes next: for its gate there was none before
+    assert torch.equal(decide(other, x).layer_prob[:, 2], other.layer_gates(2, walk.x, None)[0])
+    fast = td.optimize_for_inference(other)
+    assert_same_decisions(decide(fast, x), decide(other, x))
+    with masked(other):
+        assert_same_decisions(decide(other, x), decide(fast, x))
 
 
 def test_nobody_waits_to_see_who_keeps_an_open_unit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,14 @@ def test_a_gradient_in_one_step_moves_what_looks_at_the_image() -> None:
     assert ratio[1] > 1.5 * ratio[0]
 
 
+def test_gates_of_settled_units_are_left_alone() -> None:
+    model = td.shut_units(fresh("basic", ("layer",), "ff2"), ["layer1.1"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spread_gates(model, images(32), 1.0)
+    moved = {name.split(".")[2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {str(place) for place in range(1, len(model.layer_gates))}
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="needs a model with layer gates"):
         spread_gates(dynamic("basic", ("channel", "exits")), images(16))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 LAYER_GATE_KINDS = ("ff1", "ff2", "rnn", "linear")
+MEMORIES = ("all", "free")
 CHANNEL_GATE_MODES = ("independent", "nested")
 INITS = ("open", "random")
 
@@ -83,6 +84,8 @@ class LayerGateConfig(Config):
             near the paper's share of a unit, fewer elsewhere.
         shut: names of gated units that no image runs, whatever their gates say: see `shut_units`.
         open: names of gated units that every image runs which comes there: see `open_units`.
+        memory: what the state of an RNN gate has seen. "all": the inputs of all gated units before, of those that are
+            shut or open too, whose gates are run for it; "free": of those that are neither, whose gates alone are run.
     """
 
     shorthand: ClassVar[str | None] = "kind"
@@ -91,6 +94,7 @@ class LayerGateConfig(Config):
     width: int | None = None
     shut: tuple[str, ...] = ()
     open: tuple[str, ...] = ()
+    memory: str = "all"
 
     def __post_init__(self) -> None:
         one_of("kind of layer gate", self.kind, LAYER_GATE_KINDS)
@@ -99,6 +103,7 @@ class LayerGateConfig(Config):
             positive_int("width", self.width)
             if self.width > 4096:
                 raise ValueError(f"width must be at most 4096; found {self.width}")
+        one_of("memory", self.memory, MEMORIES)
         for what, names in (("shut", self.shut), ("open", self.open)):
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{what} must be a tuple of names of units; found {names!r}")

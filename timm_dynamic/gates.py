@@ -175,7 +175,8 @@ class SettledGates(Exact):
         self.settled = {places[name]: name in config.open for name in (*config.shut, *config.open)}
         self.config, self.gated = config, tuple(gated)
         free = [place for place in range(len(gated)) if place not in self.settled]
-        self.asked = frozenset(range(max(free, default=-1) + 1) if self.CARRIES else free)
+        carries = self.CARRIES and config.memory == "all"
+        self.asked = frozenset(range(max(free, default=-1) + 1) if carries else free)
 
     def forget_names(self, count: int) -> None:
         """Forget the gated units from `count` on."""
@@ -219,8 +220,8 @@ class RecurrentGates(SettledGates):
     """RNNGate: one LSTM cell shared by all units (SkipNet, section 3.1, fig. 3c).
 
     A projection to the cell's input for each input width (each unit in a DenseNet). The state starts at zero in each
-    forward pass and is handed from unit to unit by the caller, past settled units too: their gates are run as long as
-    the gate of a later unit needs the state.
+    forward pass and is handed from unit to unit by the caller, past settled units too: unless `config.memory` is
+    "free" their gates are run as long as the gate of a later unit needs the state.
     """
 
     CARRIES = True

@@ -19,9 +19,9 @@ def shut_units(model: Any, names: Iterable[str]) -> Any:
 
     A hard budget allows for the dearest way to the next exit, which becomes cheaper by these units, and training does
     not compute them. Their gates are no longer asked, but for RNN gates before a unit that is not settled, which hand
-    it what they saw. It is part of the config (`LayerGateConfig.shut`) and saved with the weights. The units keep
-    their weights, which weight decay shrinks where training goes on: `shut_units(model, [])` gives all back to their
-    gates.
+    it what they saw; with `LayerGateConfig.memory` "free" they do not, and what later gates say may change. It is part
+    of the config (`LayerGateConfig.shut`) and saved with the weights. The units keep their weights, which weight decay
+    shrinks where training goes on: `shut_units(model, [])` gives all back to their gates.
 
     Args:
         model: a dynamic model with layer gates.

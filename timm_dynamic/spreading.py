@@ -63,7 +63,10 @@ def _linear(part: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _outputs(model: Any, layers: Sequence[nn.Linear], images: Tensor) -> dict[nn.Linear, Tensor]:
-    """What each layer gives [n, outputs], over all images and all units that use it, when every unit runs."""
+    """What each layer gives [n, outputs], over all images and all units that use it, when every unit runs.
+
+    Layers of gates that are not asked, because their units are settled, are left out.
+    """
     seen: dict[nn.Linear, list[Tensor]] = {layer: [] for layer in layers}
     hooks = [layer.register_forward_hook(lambda layer, _, out: seen[layer].append(out.float())) for layer in layers]
     options: dict[str, Any] = {f"{part}_keep": 1.0 for part in ("layer", "channel") if hasattr(model, f"{part}_gates")}
@@ -73,7 +76,7 @@ def _outputs(model: Any, layers: Sequence[nn.Linear], images: Tensor) -> dict[nn
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: torch.cat(values) for layer, values in seen.items()}
+    return {layer: torch.cat(values) for layer, values in seen.items() if values}
 
 
 @contextmanager

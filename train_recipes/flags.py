@@ -87,8 +87,9 @@ FLAGS = {
     ),
     "open": _flag(
         float | None,
-        "At the end, open units for good that at least this share of the training images run: their gates are no "
-        "longer asked, which saves time.",
+        "Open units for good that at least this share of the training images run: their gates are no longer asked, "
+        "which saves time. At the end, and for hindsight from the first step on those that --free does not leave to "
+        "the gates.",
     ),
     # Exits
     "exits_after": _flag(

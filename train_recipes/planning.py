@@ -89,17 +89,26 @@ def take_trunk(model: nn.Module, settings: Settings) -> None:
 
 
 def _from_trunk(surgery: Surgery) -> Surgery:
-    """The same surgery on a network that was trained under one policy; with --shut, what that never runs is shut."""
+    """The same surgery on a network that was trained under one policy, by which units are settled."""
 
     def both(model: nn.Module, settings: Settings) -> None:
         take_trunk(model, settings)
         surgery(model, settings)
-        if settings.shut is not None and surgery is not fix_policy:
-            layers, _ = start_policy(settings)
-            digits = zip(gated_units(model), layers, strict=False)  # a policy that does not fit is refused by `follow`
-            td.shut_units(model, [name for name, digit in digits if digit == "0"])
+        if surgery is not fix_policy:
+            _settle_by_policy(model, settings)
 
     return both
+
+
+def _settle_by_policy(model: nn.Module, settings: Settings) -> None:
+    """With --shut, shut what the policy never runs; with --open, open what hindsight does not leave to the gates."""
+    layers, _ = start_policy(settings)
+    names = gated_units(model)
+    if settings.shut is not None:  # a policy that does not fit is refused by `follow`
+        td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
+    if settings.open is not None and settings.method == "hindsight":
+        stay = without_last(layers, settings.free)
+        td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
 
 
 def _add_open_channel_gates(model: nn.Module, settings: Settings) -> None:

@@ -169,7 +169,8 @@ def _numbers(key: str, value: str) -> int | float | tuple[float, ...]:
 
 def add_layer_gates(model: nn.Module, settings: Settings) -> None:
     """Layer gates, as the SkipNet paper starts them: at random."""
-    td.add_layer_gates(model, td.LayerGateConfig(kind=settings.gate, init=settings.gate_init))
+    memory = "free" if settings.start and (settings.shut, settings.open) != (None, None) else "all"
+    td.add_layer_gates(model, td.LayerGateConfig(kind=settings.gate, init=settings.gate_init, memory=memory))
 
 
 def add_soft_gates(model: nn.Module, settings: Settings) -> None:
