@@ -1,5 +1,6 @@
 """Costs: equal to counts by hand, and to what torch's own counter sees being run."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from nets import (
     undecided,
 )
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic as td
@@ -366,3 +368,18 @@ def test_stock_models_are_priced_too(kind: str) -> None:
     assert not any(row.gated for row in costs.units)
     assert len(costs.exits) == 1
     assert costs.cheapest == costs.dearest == costs.dense
+
+
+def test_networks_whose_weights_are_computed() -> None:
+    """Pruned by torch, a convolution has its mask applied to a parameter of another name before every run."""
+    model, x = undecided("basic"), images(4)
+    before = td.cost_table(model, SMALL)
+    pruned = copy.deepcopy(model)
+    prune.l1_unstructured(pruned.layer1[1].conv1, "weight", 0.5)
+    pruned.dynamic.tables.clear()
+    assert td.cost_table(pruned, SMALL) == before
+    logits, macs = run(pruned, x)
+    assert macs == decide(pruned, x).macs.sum()
+    model.layer1[1].conv1.weight.data = pruned.layer1[1].conv1.weight.detach()
+    assert torch.equal(logits, run(model, x)[0])
+    assert pruned.layer1[1].conv1.weight.device.type == "cpu"

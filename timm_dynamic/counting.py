@@ -55,6 +55,10 @@ def on_meta(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
+    for module in model.modules():  # weights that are computed, as by torch.nn.utils.prune
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().to("meta")
     shapes = copy.deepcopy(model, memo).eval()
     for module in shapes.modules():
         module._forward_hooks.clear()
