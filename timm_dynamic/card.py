@@ -146,7 +146,7 @@ def _calibration(found: Any) -> dict[str, Any] | None:
     rows = [
         {
             "target": f"{row['target']:.0%}",
-            "threshold": f"{row['threshold'] or 0:.4g}" if row["threshold"] != 0 else "0: all that are not shut",
+            "threshold": f"{row['threshold']:.4g}" if row["threshold"] else "0: all that are not shut",
             "confidence": "none leaves" if row["confidence"] is None else f"{row['confidence']:.4g}",
         }
         for row in found["rows"]

@@ -266,6 +266,8 @@ class CostTable:
                 )
             gate = unit.layer_gate if wanted.layer_gate else 0
             rows.append(replace(unit, shut=wanted.shut, open=wanted.open, layer_gate=gate))
+        if tuple(rows) == self.units:
+            return self
         return assembled(replace(self, units=tuple(rows)), [stop.head for stop in self.exits])
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def shut_units(model: Any, names: Iterable[str]) -> Any:
         ValueError: if the model has no layer gates, a name is not that of a gated unit or that of one that is open for
             good, or the budget that is set does not allow for the units that are given back. Nothing is changed.
     """
-    return _settle(model, shut=names)
+    return _settle(model, "shut", names)
 
 
 def open_units(model: Any, names: Iterable[str]) -> Any:
@@ -53,15 +53,13 @@ def open_units(model: Any, names: Iterable[str]) -> Any:
     Raises:
         ValueError: as `shut_units`.
     """
-    return _settle(model, open=names)
+    return _settle(model, "open", names)
 
 
-def _settle(model: Any, **names: Iterable[str]) -> Any:
-    gates, dynamic = _layer_gates(model), dynamic_of(model)
-    before, ordered = gates.config, gates.gated
-    found = {what: tuple(given) for what, given in names.items()}
-    in_order = {what: tuple(sorted(set(given), key=(*ordered, *given).index)) for what, given in found.items()}
-    _take(model, replace(before, **in_order))
+def _settle(model: Any, what: str, names: Iterable[str]) -> Any:
+    gates, dynamic, given = _layer_gates(model), dynamic_of(model), tuple(names)
+    before, in_order = gates.config, tuple(sorted(set(given), key=(*gates.gated, *given).index))
+    _take(model, replace(before, **{what: in_order}))
     try:
         if dynamic.budget is not None:
             dynamic.limit = check_budget(model, dynamic.budget, dynamic.limit)
@@ -130,12 +128,7 @@ def _runs(model: Any, images: Iterable[Tensor], share: float) -> dict[str, float
             count += len(x)
     if not count:
         raise ValueError("the units that images run cannot be found without images; found none")
-    return dict(zip(gated_units(model), (runs / count).tolist(), strict=True))
-
-
-def gated_units(model: Any) -> list[str]:
-    """Names of the units that a layer gate can stand before, in running order: all but the first."""
-    return [unit.name for unit in families.units(model)[1:]]
+    return dict(zip(gates.gated, (runs / count).tolist(), strict=True))
 
 
 def _layer_gates(model: Any) -> Any:

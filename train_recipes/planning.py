@@ -17,7 +17,6 @@ from options import Settings
 from run_folder import SETTINGS, RunError
 from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
 from timm_dynamic.hindsight import HindsightTask, without_last
-from timm_dynamic.settling import gated_units
 from timm_dynamic.tasks import FollowTask
 
 Surgery = Callable[[nn.Module, Settings], Any]
@@ -100,10 +99,10 @@ def _from_trunk(surgery: Surgery) -> Surgery:
     return both
 
 
-def _settle_by_policy(model: nn.Module, settings: Settings) -> None:
+def _settle_by_policy(model: Any, settings: Settings) -> None:
     """With --shut, shut what the policy never runs; with --open, open what hindsight does not leave to the gates."""
     layers, _ = start_policy(settings)
-    names = gated_units(model)
+    names = model.layer_gates.gated
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
     if settings.open is not None and settings.method == "hindsight":
