@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_recipes import RunError, Stage, call, ddi, iadi, planned, settings, skipnet
+from test_recipes import RunError, Stage, base, call, ddi, iadi, planned, settings, skipnet
 
 import timm_dynamic as td
 
@@ -89,6 +89,7 @@ def test_what_the_policy_never_runs_is_shut_and_images_leave_early(
         model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
         places = [place for place, digit in enumerate(POLICY) if early or digit == "0"]
         assert model.layer_gates.settled == {place: POLICY[place] == "1" for place in places}
+        assert model.layer_gates.config.memory == "free"
         assert not hasattr(model, "channel_gates")
         assert model.exits.calibrated == early
         shown = capsys.readouterr().out
@@ -99,6 +100,40 @@ def test_what_the_policy_never_runs_is_shut_and_images_leave_early(
         summary = json.loads((run / "summary.json").read_text())
         assert (summary["dynamic"]["macs"] < summary["exits"][-1]["macs"]) == early
         share = summary["exits"][0]["macs"] / summary["dense"]["macs"]
+
+
+def test_what_is_opened_at_the_end_was_seen_by_later_gates(start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = ("--stage", "follow.iterations=4", "--stage", "sp.iterations=4")
+    options = ("--method", "sp", "--start", start, "--open", 0.01, "--output", run, *steps, *FEW[:4], *FEW[6:])
+    assert call(skipnet, *options) == 0
+    gates = timm.create_model(f"local-dir:{run}", pretrained=True).layer_gates
+    assert any(gates.settled.values())
+    assert gates.config.memory == "all"
+
+
+def test_the_certainty_of_the_classifier_is_told(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ("--method", "hindsight", "--free", 1, "--certainty", "--start", start, "--output", run, *FEW)
+    assert call(skipnet, *options) == 0
+    gates = timm.create_model(f"local-dir:{run}", pretrained=True).layer_gates
+    assert gates.config.certainty
+    assert all(weight.item() != 0 for weight in gates.certain.parameters())
+    assert call(iadi, "--model", "iadi_densenet40_cifar", "--certainty", "--output", tmp_path / "dense", *FEW) == 1
+    assert "--model iadi_densenet40_cifar: certainty is for residual units" in capsys.readouterr().err
+    assert not (tmp_path / "dense").exists(), "said before anything is trained"
+
+
+def test_a_base_is_trained_on_from(start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--model", "resnet20_cifar", "--base", start / "base", "--output", run, "--image-size", 16)
+    assert call(base, *options, "--stage", "base.iterations=1", "--stage", "base.lr=1e-9") == 0
+    found, before = (timm.create_model(f"local-dir:{at}", pretrained=True) for at in (run, start / "base"))
+    moved = zip(found.parameters(), before.parameters(), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in moved)
+    assert [row["stage"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == ["base"]
 
 
 def test_wrong_starts_are_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

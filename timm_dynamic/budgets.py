@@ -121,7 +121,7 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
 
 def _check_classes(model: Any) -> None:
     """Whether the exits know the classes of the model's own head, which may have been put there by hand."""
-    head = getattr(model.get_submodule(families.family(model).classifier), "out_features", 0)
+    head = families.classes(model)
     for exit in model.exits.heads if hasattr(model, "exits") else ():
         if getattr(exit.fc, "out_features", 0) != head:
             raise ValueError(

@@ -86,6 +86,8 @@ class LayerGateConfig(Config):
         open: names of gated units that every image runs which comes there: see `open_units`.
         memory: what the state of an RNN gate has seen. "all": the inputs of all gated units before, of those that are
             shut or open too, whose gates are run for it; "free": of those that are neither, whose gates alone are run.
+        certainty: whether the gates of residual units within the last stage are also told how certain the network's
+            own classifier is of the unit's input (ours: it is what exits decide by).
     """
 
     shorthand: ClassVar[str | None] = "kind"
@@ -95,6 +97,7 @@ class LayerGateConfig(Config):
     shut: tuple[str, ...] = ()
     open: tuple[str, ...] = ()
     memory: str = "all"
+    certainty: bool = False
 
     def __post_init__(self) -> None:
         one_of("kind of layer gate", self.kind, LAYER_GATE_KINDS)
@@ -104,6 +107,8 @@ class LayerGateConfig(Config):
             if self.width > 4096:
                 raise ValueError(f"width must be at most 4096; found {self.width}")
         one_of("memory", self.memory, MEMORIES)
+        if not isinstance(self.certainty, bool):
+            raise ValueError(f"certainty must be True or False; found {self.certainty!r}")
         for what, names in (("shut", self.shut), ("open", self.open)):
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"{what} must be a tuple of names of units; found {names!r}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import families
+from .certainty import ask_layer_gate
 from .costs import ConvCost, CostTable, ExitCost, UnitCost
 from .units import branch, close, join, run_dense, shortcut
 
@@ -149,7 +150,7 @@ def _count_unit(
     if layer_gates is not None and i > 0:
         runs = layer_gates.settled.get(i - 1)
         if i - 1 in layer_gates.asked:
-            (_, memory), layer_gate = meter.run(layer_gates, i - 1, x, memory)
+            (_, memory), layer_gate = meter.run(ask_layer_gate, model, i - 1, x, memory)
     if channel_gates is not None and i > 0:
         _, channel_gate = meter.run(channel_gates, i - 1, x)
         sizes = channel_gates.sizes[i - 1]

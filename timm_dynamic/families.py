@@ -256,6 +256,11 @@ def units(model: nn.Module) -> list[Unit]:
     return found
 
 
+def classes(model: nn.Module) -> int:
+    """Outputs of a network's classifier; 0 if it has none."""
+    return getattr(model.get_submodule(family(model).classifier), "out_features", 0)
+
+
 def channels_after(found: Sequence[Unit], i: int) -> int:
     """Channels that come out of unit `i` of a network, as the next unit or an exit sees them."""
     unit = found[i]

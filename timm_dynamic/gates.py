@@ -93,6 +93,7 @@ class GateSite(NamedTuple):
     widths: tuple[int, ...]  # hidden widths
     aligns: tuple[int, ...]  # channels that each hidden width can only drop together
     growth: int  # channels of the unit's output
+    classified: bool = False  # whether the network's classifier can be asked about the unit's input
 
 
 # Layer gates ---------------------------------------------------------------------------------------------------------
@@ -153,6 +154,7 @@ class SettledGates(Exact):
         gated: names of the gated units.
         settled: for each place of a settled unit, whether it runs.
         asked: places of the gates that are run.
+        certain: for the places of gates that are told the classifier's certainty, what it adds to their logit.
     """
 
     CARRIES = False  # whether what a gate saw is handed to the next
@@ -160,6 +162,33 @@ class SettledGates(Exact):
     gated: tuple[str, ...]
     settled: dict[int, bool]
     asked: frozenset[int]
+    certain: nn.ModuleDict
+
+    def show_certainty(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
+        """Make room for the classifier's certainty where a config asks for it; at first it changes nothing.
+
+        Raises:
+            ValueError: if the classifier can be asked nowhere.
+        """
+        places = [place for place, site in enumerate(sites) if site.classified] if config.certainty else []
+        if config.certainty and not places:
+            raise ValueError(
+                "certainty is for residual units within the last stage, whose input the classifier can be asked about; "
+                f"found none among {', '.join(site.name for site in sites)}"
+            )
+        self.certain = nn.ModuleDict({str(place): nn.Linear(1, 1, bias=False) for place in places})
+        for weight in self.certain.parameters():
+            nn.init.zeros_(weight)
+
+    def looks(self, index: int) -> bool:
+        """Whether the gate of unit `index` has to be told the classifier's certainty."""
+        return index not in self.settled and str(index) in self.certain
+
+    def prob(self, index: int, score: Tensor, certainty: Tensor | None) -> Tensor:
+        """Probability of keeping from a gate's logit. score: [B, 1], certainty: [B, 1] or None -> [B] in float32."""
+        if certainty is not None:
+            score = score + self.certain[str(index)](certainty.to(score.dtype))
+        return torch.sigmoid(score.float()).flatten()
 
     def settle(self, config: LayerGateConfig, gated: Sequence[str]) -> None:
         """Take over which units of a config are shut and which are open for good.
@@ -181,6 +210,8 @@ class SettledGates(Exact):
     def forget_names(self, count: int) -> None:
         """Forget the gated units from `count` on."""
         left = self.gated[:count]
+        for place in [place for place in self.certain if int(place) >= count]:
+            del self.certain[place]
         shut, opened = (tuple(name for name in names if name in left) for names in (self.config.shut, self.config.open))
         self.settle(replace(self.config, shut=shut, open=opened), left)
 
@@ -196,19 +227,20 @@ class FeedForwardGates(SettledGates):
         super().__init__()
         self.settle(config, [site.name for site in sites])
         self.gates = nn.ModuleList(FeedForwardGate(config, site) for site in sites)
+        self.show_certainty(config, sites)
         self.threshold: Tensor = thresholds(len(sites))
 
     def __len__(self) -> int:
         return len(self.gates)
 
-    def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def forward(self, index: int, x: Tensor, memory: Memory, certainty: Tensor | None = None) -> tuple[Tensor, Memory]:
         """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and `memory` as it was.
 
-        The gate of a settled unit is not run.
+        certainty: of the classifier [B, 1], where the gate looks at it. The gate of a settled unit is not run.
         """
         if index not in self.asked:
             return self.settled_prob(index, x), memory
-        return torch.sigmoid(self.gates[index](x).float()).flatten(), memory
+        return self.prob(index, self.gates[index](x), certainty), memory
 
     def cut(self, count: int) -> None:
         """Forget the gates from `count` on."""
@@ -235,6 +267,7 @@ class RecurrentGates(SettledGates):
         )
         self.cell = nn.LSTMCell(RNN_SIZE, RNN_SIZE)
         self.fc = nn.Linear(RNN_SIZE, 1)
+        self.show_certainty(config, sites)
         self.threshold: Tensor = thresholds(len(sites))
         if config.init == "open":
             open_gate(self.fc)
@@ -242,12 +275,15 @@ class RecurrentGates(SettledGates):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
+    def forward(self, index: int, x: Tensor, memory: Memory, certainty: Tensor | None = None) -> tuple[Tensor, Memory]:
+        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state.
+
+        certainty: of the classifier [B, 1], where the gate looks at it.
+        """
         if index not in self.asked:
             return self.settled_prob(index, x), memory
         hidden, cell = self.cell(self.project[self.keys[index]](pooled(x)), memory)
-        return torch.sigmoid(self.fc(hidden).float()).flatten(), (hidden, cell)
+        return self.prob(index, self.fc(hidden), certainty), (hidden, cell)
 
     def cut(self, count: int) -> None:
         """Forget what only the gates from `count` on use."""

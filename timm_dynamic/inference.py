@@ -72,7 +72,7 @@ class FoldedRecurrentGates(SettledGates):
         self.offsets = nn.ParameterList(offsets[key] for key in self.keys)
         self.hidden = _frozen(cell.weight_hh)  # [4 * hidden, hidden]
         self.nothing = _frozen(torch.zeros_like(cell.bias_hh))
-        self.fc = gates.fc
+        self.fc, self.certain = gates.fc, gates.certain
         self.at_hand: list[tuple[Tensor, ...]] = []  # for each gated unit: looked up once, as that takes time
         self.register_load_state_dict_post_hook(_look_up_again)
 
@@ -97,8 +97,11 @@ class FoldedRecurrentGates(SettledGates):
             self.at_hand = [(matrix, offset, *same) for matrix, offset in zip(self.matrices, self.offsets, strict=True)]
         return self.at_hand[index]
 
-    def forward(self, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state."""
+    def forward(self, index: int, x: Tensor, memory: Memory, certainty: Tensor | None = None) -> tuple[Tensor, Memory]:
+        """x: [B, C, H, W] -> probability of keeping gated unit `index` [B] in float32, and the next state.
+
+        certainty: of the classifier [B, 1], where the gate looks at it.
+        """
         if index not in self.asked:
             return self.settled_prob(index, x), memory
         seen = pooled(x)
@@ -106,7 +109,7 @@ class FoldedRecurrentGates(SettledGates):
             memory = (seen.new_zeros(len(seen), RNN_SIZE),) * 2
         matrix, offset, own, nothing, last, bias = self._weights(index)
         hidden, cell = torch.lstm_cell(seen, memory, matrix, own, offset, nothing)
-        return torch.sigmoid(F.linear(hidden, last, bias).float()).flatten(), (hidden, cell)
+        return self.prob(index, F.linear(hidden, last, bias), certainty), (hidden, cell)
 
 
 def _look_up_again(gates: nn.Module, keys: object) -> None:

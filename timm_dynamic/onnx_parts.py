@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import families, units
+from .certainty import certainty
 from .costs import CostTable
 from .exits import confident
 from .inference import FoldedRecurrentGates, optimize_for_inference
@@ -120,20 +121,26 @@ def ask_layer(net: Net, graph: Graph, g: int, x: Value, memory: Memory) -> tuple
     gates = net.layer_gates
     keep: str | bool = gates.settled.get(g, "")
     if g in gates.asked:
-        level = level_of(float(gates.threshold[g]))
         if isinstance(gates, FoldedRecurrentGates):
-            found, memory = _recur(graph, gates, g, x, memory, level)
+            logit, memory = _recur(graph, gates, g, x, memory)
         else:
-            (logit,) = translate(graph, gates.gates[g], x)
-            found = graph.op("GreaterOrEqual", logit.name, graph.constant(level))
-        keep = found if g not in gates.settled else keep
+            logit = translate(graph, gates.gates[g], x)[0].name
+        if gates.looks(g):
+            (more,) = translate(graph, lambda x: gates.certain[str(g)](certainty(net.model, x)), x)
+            logit = graph.op("Add", logit, more.name)
+        if g not in gates.settled:
+            level = level_of(float(gates.threshold[g]))
+            keep = graph.op("GreaterOrEqual", logit, graph.constant(level - _offset(gates)))
     return keep, memory
 
 
-def _recur(
-    graph: Graph, gates: FoldedRecurrentGates, g: int, x: Value, memory: Memory, level: float
-) -> tuple[str, Memory]:
-    """One step of the RNN gate as one LSTM operation; its last bias is taken to the other side of the comparison."""
+def _offset(gates: Any) -> float:
+    """What `_recur` leaves out of an RNN gate's logit: its last bias, which the threshold takes over."""
+    return float(gates.fc.bias) if isinstance(gates, FoldedRecurrentGates) else 0.0
+
+
+def _recur(graph: Graph, gates: FoldedRecurrentGates, g: int, x: Value, memory: Memory) -> tuple[str, Memory]:
+    """One step of the RNN gate as one LSTM operation: its logit [1, B, 1] without the last bias, and the next state."""
     channels = x.sample.shape[1]
     size = gates.hidden.shape[1]
     inputs, hidden = _lstm_order(gates.matrices[g]), _lstm_order(gates.hidden)  # [4 * hidden, C or hidden]
@@ -143,8 +150,7 @@ def _recur(
     weights = [graph.constant(array[None]) for array in (inputs, hidden, bias)]
     state = ["", memory[0], memory[1]] if memory is not None else []
     _, h, c = graph.ops("LSTM", [seen, *weights, *state], 3, hidden_size=size)
-    logit = graph.op("MatMul", h, graph.constant(gates.fc.weight.t().numpy()))  # [1, B, 1]
-    return graph.op("GreaterOrEqual", logit, graph.constant(level - float(gates.fc.bias))), (h, c)
+    return graph.op("MatMul", h, graph.constant(gates.fc.weight.t().numpy())), (h, c)
 
 
 def _lstm_order(rows: Tensor) -> np.ndarray:

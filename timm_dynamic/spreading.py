@@ -58,7 +58,7 @@ def spread_gates(model: Any, images: Tensor, size: float = 1.0) -> Any:
 
 def _linear(part: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in part.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:  # not what certainty adds: it starts at zero
             yield name.split(".")[-1], module
 
 

@@ -85,7 +85,7 @@ def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> 
     _sites(model, "exits")
     all_units = families.units(model)
     after = _places(model, chosen, all_units)
-    classes = getattr(model.get_submodule(families.family(model).classifier), "out_features", 0)
+    classes = families.classes(model)
 
     def build() -> Exits:
         heads = [
@@ -336,7 +336,9 @@ def _site(found: Sequence[families.Unit], i: int) -> GateSite:
             aligns[k] = max(aligns[k], conv.in_channels // conv.groups)
     widths = tuple(conv.out_channels for conv, _ in steps[:-1])
     channels = steps[0][0].in_channels if steps else families.channels_after(found, i - 1)
-    return GateSite(unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), unit.kind.width(unit.module))
+    classified = not unit.kind.grows and unit.stage == found[-1].stage == found[i - 1].stage
+    width = unit.kind.width(unit.module)
+    return GateSite(unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), width, classified)
 
 
 def _places(model: Any, config: ExitConfig, all_units: Sequence[families.Unit]) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import costs, families, units
+from .certainty import ask_layer_gate
 from .configs import BudgetConfig
 from .counting import count_macs
 from .forcing import Forced, resolve
@@ -81,8 +82,7 @@ def dynamic_of(model: Any) -> Dynamic:
 @torch.compiler.disable
 def table_for(model: Any, input_size: tuple[int, int, int]) -> costs.CostTable:
     """The model's cost table, counted once for each input size."""
-    classifier = model.get_submodule(families.family(model).classifier)
-    key = (*input_size, getattr(classifier, "out_features", 0))
+    key = (*input_size, families.classes(model))
     tables = model.dynamic.tables
     if key not in tables:
         tables[key] = count_macs(model.dynamic.origin or model, input_size)
@@ -236,7 +236,7 @@ class Walk:
     def _ask_layer(self, g: int) -> Tensor:
         """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
         assert self.layer_gates is not None
-        prob, self.memory = self.layer_gates(g, self.x, self.memory)
+        prob, self.memory = ask_layer_gate(self.model, g, self.x, self.memory)
         runs = self.layer_gates.settled.get(g)
         if runs is not None:
             keep = torch.full_like(prob, runs, dtype=None if self.model.training else torch.bool)

@@ -65,6 +65,9 @@ FLAGS = {
     # Gates and what they cost
     "gate": _flag(Literal["ff1", "ff2", "rnn", "linear"], "Kind of layer gate."),
     "gate_init": _flag(Literal["random", "open"], "How gates start: as published, or keeping everything."),
+    "certainty": _flag(
+        bool, "Tell the gates within the last stage how certain the classifier is of what their units are given."
+    ),
     "spread": _flag(
         float, "Deviation between images that fresh layer gates' logits are scaled to; 0 leaves them as drawn."
     ),
@@ -131,8 +134,8 @@ TRAINING = (
     *("max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
 )
 GATES = (
-    *("base", "start", "gate", "gate_init", "spread", "alpha", "target", "cost", "energy", "distill", "information"),
-    *("shut", "open", "gain"),
+    *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy", "distill"),
+    *("information", "shut", "open", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exits_after", "exit_weighting", "distill_exits", "calibrate")

@@ -55,6 +55,7 @@ class Settings:
     stage: tuple[str, ...] = ()
     gate: str = "rnn"
     gate_init: str = "random"
+    certainty: bool = False
     spread: float = 0.5
     group_size: int = 16
     channel_mode: str = "independent"

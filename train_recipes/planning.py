@@ -23,7 +23,7 @@ Surgery = Callable[[nn.Module, Settings], Any]
 
 
 def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
-    """The stages with the changes that were asked for; without the base stage where a trained base is given.
+    """The stages with the changes that were asked for; without the base stage where gates have a trained base.
 
     Stages of no epochs are left out. A start from a static policy takes the place of the base stage and of a warm-up.
     """
@@ -34,7 +34,7 @@ def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
         if name not in found or not key or not value:
             raise RunError(f"--stage needs STAGE.FIELD=VALUE with a stage of {', '.join(found)}; found {change!r}")
         found[name] = found[name].changed(key, value)
-    if settings.base:
+    if settings.base and settings.recipe != "base":  # base.py trains on from it
         found.pop("base", None)
     empty = [stage for stage in found.values() if not (stage.epochs if stage.iterations is None else stage.iterations)]
     for stage in empty:
@@ -105,7 +105,7 @@ def _settle_by_policy(model: Any, settings: Settings) -> None:
     names = model.layer_gates.gated
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
-    if settings.open is not None and settings.method == "hindsight":
+    if settings.open is not None and settings.method == "hindsight":  # see `settles_first`
         stay = without_last(layers, settings.free)
         td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
 

@@ -21,7 +21,7 @@ from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from processes import seed_everything
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
-from stages import add_exits
+from stages import add_exits, add_layer_gates
 from timm_dynamic.budgets import set_price
 from timm_dynamic.calibration import meet_cost
 from timm_dynamic.costs import CostTable
@@ -87,9 +87,11 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
         td.cost_table(model, data.input_size)
     except ValueError as error:
         raise RunError(f"--model {settings.model}: {error}") from error
-    if settings.exits_after is not None:
-        with torch.random.fork_rng():
-            add_exits(copy.deepcopy(model), settings)  # so that what is wrong there is said before training
+    with torch.random.fork_rng():  # what is wrong with these is said before training
+        if settings.exits_after is not None:
+            add_exits(copy.deepcopy(model), settings)
+        if settings.certainty:
+            add_layer_gates(copy.deepcopy(model), settings)
     return model
 
 

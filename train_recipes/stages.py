@@ -167,10 +167,20 @@ def _numbers(key: str, value: str) -> int | float | tuple[float, ...]:
 # What happens to the model before a stage ----------------------------------------------------------------------------
 
 
+def settles_first(settings: Settings) -> bool:
+    """Whether units are settled before gates are trained, by the policy that training starts from."""
+    opens = settings.open is not None and settings.method == "hindsight"
+    return settings.start is not None and (settings.shut is not None or opens)
+
+
 def add_layer_gates(model: nn.Module, settings: Settings) -> None:
     """Layer gates, as the SkipNet paper starts them: at random."""
-    memory = "free" if settings.start and (settings.shut, settings.open) != (None, None) else "all"
-    td.add_layer_gates(model, td.LayerGateConfig(kind=settings.gate, init=settings.gate_init, memory=memory))
+    memory = "free" if settles_first(settings) else "all"
+    config = {"kind": settings.gate, "init": settings.gate_init, "memory": memory, "certainty": settings.certainty}
+    try:
+        td.add_layer_gates(model, config)
+    except ValueError as error:
+        raise RunError(f"--model {settings.model}: {error}") from error
 
 
 def add_soft_gates(model: nn.Module, settings: Settings) -> None:

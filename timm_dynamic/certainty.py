@@ -1,0 +1,41 @@
+"""How certain a network's own classifier is of features before the end: what layer gates may be shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import families
+from .gates import Memory, logit
+
+MOST = 0.999  # a probability from which on certainty is 1
+
+
+def certainty(model: Any, x: Tensor) -> Tensor:
+    """How certain the classifier is of what a unit in the last stage is given.
+
+    A residual unit that is skipped hands its input on, so that the classifier can be asked there already. What it says
+    is the logit of its largest probability, scaled so that 1 stands for 0.999 and more, and 0 for an even chance.
+    No gradient goes from here into the network: gates cannot make the classifier sure of itself.
+
+    Args:
+        model: a dynamic ResNet.
+        x: features [B, C, H, W] of its last stage.
+
+    Returns:
+        [B, 1] in float32, in -1..1; zeros where the network has fewer than two classes.
+    """
+    if families.classes(model) < 2:
+        return x.new_zeros(x.shape[0], 1, dtype=torch.float32)
+    with torch.no_grad():
+        probs = torch.softmax(families.family(model).head(model, x).float(), 1)
+        most = probs.amax(1, keepdim=True).clamp(1 - MOST, MOST)
+        return torch.log(most / (1 - most)) / logit(MOST)
+
+
+def ask_layer_gate(model: Any, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    """Run the gate of gated unit `index` on its unit's input [B, C, H, W]: probability [B], and the next state."""
+    gates = model.layer_gates
+    return gates(index, x, memory, certainty(model, x) if gates.looks(index) else None)
