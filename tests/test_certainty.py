@@ -271,6 +271,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert_same_decisions(decide(again, x), decide(model, x))
 
 
+def test_the_card_says_who_is_told(tmp_path: Path) -> None:
+    model = network("cifar")
+    td.open_units(model, ["layer3.2"])
+    td.save_pretrained(model, tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "units whose gates are told how certain the network's classifier is of their input: `layer3.1`\n" in card
+    assert "units that every image runs that comes there: `layer3.2`\n" in card
+
+
 def test_a_config_from_before_has_none() -> None:
     values = td.LayerGateConfig().to_dict()
     assert values.pop("certainty") is False

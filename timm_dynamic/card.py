@@ -288,24 +288,28 @@ def _table(model: nn.Module) -> CostTable | None:
         return None
 
 
+def _layer_gates(gates: Any) -> Iterator[str]:
+    """What there is to say of a network's layer gates."""
+    free = len(gates.settled) < len(gates)
+    does = ": each image decides which units run" if free else ", not asked any more: all units are settled"
+    yield f"layer gates of kind `{gates.config.kind}`{does}"
+    told = [name for place, name in enumerate(gates.gated) if gates.looks(place)]
+    for names, who in (
+        (told, "whose gates are told how certain the network's classifier is of their input"),
+        (gates.config.shut, "that no image runs"),
+        (gates.config.open, "that every image runs that comes there"),
+    ):
+        if names:
+            yield f"units {who}: " + ", ".join(f"`{name}`" for name in names)
+
+
 def _described(model: Any, base: str) -> dict[str, Any]:
     """What the card says of the network itself."""
     table, dynamic = _table(model), hasattr(model, "dynamic")
     layer, channel = getattr(model, "layer_gates", None), getattr(model, "channel_gates", None)
     exits = getattr(model, "exits", None)
     budget = model.dynamic.budget if dynamic else None
-    parts = []
-    if layer is not None:
-        does = (
-            ": each image decides which units run"
-            if len(layer.settled) < len(layer)
-            else ", not asked any more: all units are settled"
-        )
-        parts.append(f"layer gates of kind `{layer.config.kind}`{does}")
-        runs = ((layer.config.shut, "no image runs"), (layer.config.open, "every image runs that comes there"))
-        for names, who in runs:
-            if names:
-                parts.append(f"units that {who}: " + ", ".join(f"`{name}`" for name in names))
+    parts = [] if layer is None else list(_layer_gates(layer))
     if channel is not None:
         parts.append(f"channel gates, {channel.config.mode}: each image decides which hidden channels are computed")
     if exits is not None:
