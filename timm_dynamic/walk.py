@@ -233,9 +233,11 @@ class Walk:
         """What the head is given, from what the last unit gave."""
         return self.family.leave(self.model, self.units[-1].stage, x) if self.units else x
 
-    def _ask_layer(self, g: int) -> Tensor:
-        """keep [B] of gated unit `g`: bool in eval, straight-through float in training."""
+    def _ask_layer(self, g: int) -> Tensor | None:
+        """keep [B] of gated unit `g`: bool in eval, straight-through float in training; None where nobody looks."""
         assert self.layer_gates is not None
+        if not (self.masked or self.accounts or g in self.layer_gates.asked):
+            return None  # a settled unit, and neither a log nor a budget: `_known` says all
         prob, self.memory = ask_layer_gate(self.model, g, self.x, self.memory)
         runs = self.layer_gates.settled.get(g)
         if runs is not None:
