@@ -18,7 +18,8 @@ def certainty(model: Any, x: Tensor) -> Tensor:
 
     A residual unit that is skipped hands its input on, so that the classifier can be asked there already. What it says
     is the logit of its largest probability, scaled so that 1 stands for 0.999 and more, and 0 for an even chance.
-    No gradient goes from here into the network: gates cannot make the classifier sure of itself.
+    No gradient goes from here into the network: gates cannot make the classifier sure of itself. In training the head's
+    dropout is at work here too.
 
     Args:
         model: a dynamic ResNet.

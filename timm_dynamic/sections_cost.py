@@ -18,7 +18,10 @@ from .report import BLUE, GREEN, GREY, INK, ORANGE, figure_and_axes, millions, p
 from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
 
 PURPLE, BROWN = "#7a4fb0", "#8a6d3b"
-OTHERS = (GREEN, PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00")
+OTHERS = (
+    *(GREEN, PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00"),
+    *("#b00020", "#7c8ce0", "#c9930a", "#0b5345", "#e891c3"),
+)
 LINE, ROW = 76, 0.17  # characters of a legend side by side, and inches of a row
 MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE)}
 UNITS = "Skip ratio of every unit"

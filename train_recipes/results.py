@@ -87,11 +87,10 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
         td.cost_table(model, data.input_size)
     except ValueError as error:
         raise RunError(f"--model {settings.model}: {error}") from error
-    with torch.random.fork_rng():  # what is wrong with these is said before training
-        if settings.exits_after is not None:
-            add_exits(copy.deepcopy(model), settings)
-        if settings.certainty:
-            add_layer_gates(copy.deepcopy(model), settings)
+    for wanted, add in ((settings.exits_after is not None, add_exits), (settings.certainty, add_layer_gates)):
+        if wanted:
+            with torch.random.fork_rng():
+                add(copy.deepcopy(model), settings)  # so that what is wrong there is said before training
     return model
 
 
