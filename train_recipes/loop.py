@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data as datasets
 import results
 from options import Settings
-from planning import STARTS, planned
+from planning import STARTS, planned, try_start
 from processes import Sums, make_accelerator, peak_memory, seed_everything, start_trackers, track
 from run_folder import BASE, SUMMARY, Progress, RunError, RunFolder, load_weights, read_progress, read_training
 from stages import LEARNING, STATIC, Outlook, Stage
@@ -55,6 +55,7 @@ def _train(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settin
     data = _load(accelerator, settings)
     seed_everything(settings.seed)
     model = results.base_model(settings, data)
+    try_start(model, stages, settings, data.input_size)
     if accelerator.is_main_process:
         folder.create(fixed)
     accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import timm_dynamic as td
 from options import Settings
 from run_folder import SETTINGS, RunError
 from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
+from timm_dynamic.evaluation import costs_of
 from timm_dynamic.hindsight import HindsightTask, without_last
 from timm_dynamic.tasks import FollowTask
 
@@ -85,6 +87,24 @@ def take_trunk(model: nn.Module, settings: Settings) -> None:
         model.load_state_dict(other.state_dict())
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"--start {settings.start} does not fit --model {settings.model}: {error}") from error
+
+
+def try_start(
+    model: nn.Module, stages: tuple[Stage, ...], settings: Settings, input_size: tuple[int, int, int]
+) -> None:
+    """Begin the first stage on a copy where --start is given, so that what does not fit is said before a run is begun.
+
+    Raises:
+        RunError: which says what was wanted and found.
+    """
+    if settings.start is None:
+        return
+    stage, other = stages[0], copy.deepcopy(model)
+    with torch.random.fork_rng():
+        if stage.surgery is not None:
+            stage.surgery(other, settings)
+        dense = costs_of(other, input_size).dense
+        stage.task(other, Outlook(1, dense, input_size, settings, {}, None, lambda: None))
 
 
 def _from_trunk(surgery: Surgery) -> Surgery:
