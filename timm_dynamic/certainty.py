@@ -32,8 +32,7 @@ def certainty(model: Any, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], 1, dtype=torch.float32)
     with torch.no_grad():
         probs = torch.softmax(families.family(model).head(model, x).float(), 1)
-        most = probs.amax(1, keepdim=True).clamp(1 - MOST, MOST)
-        return torch.log(most / (1 - most)) / logit(MOST)
+        return torch.logit(probs.amax(1, keepdim=True), 1 - MOST) / logit(MOST)
 
 
 def ask_layer_gate(model: Any, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

@@ -187,7 +187,8 @@ class SettledGates(Exact):
     def prob(self, index: int, score: Tensor, certainty: Tensor | None) -> Tensor:
         """Probability of keeping from a gate's logit. score: [B, 1], certainty: [B, 1] or None -> [B] in float32."""
         if certainty is not None:
-            score = score + self.certain[str(index)](certainty.to(score.dtype))
+            gate: Any = self.certain[str(index)]
+            score = torch.addmm(score, certainty.to(score.dtype), gate.weight)  # [1, 1]: a call of its own takes time
         return torch.sigmoid(score.float()).flatten()
 
     def settle(self, config: LayerGateConfig, gated: Sequence[str]) -> None:

@@ -317,10 +317,11 @@ def _softmax(call: _Call) -> str:
     return call.graph.op("Softmax", call.args[0], axis=call.args[1])
 
 
-def _clamp(call: _Call) -> str:
-    ends = [call.arg(1, "min", None), call.arg(2, "max", None)]
-    names = ["" if end is None else call.graph.constant(end, DTYPES[call.sample.dtype]) for end in ends]
-    return call.graph.op("Clip", call.args[0], *names)
+def _logit(call: _Call) -> str:
+    graph, x, eps = call.graph, call.args[0], call.arg(1, "eps", None)
+    if eps is not None:
+        x = graph.op("Clip", x, graph.constant(eps), graph.constant(1 - eps))
+    return graph.op("Log", graph.op("Div", x, graph.op("Sub", graph.constant(1.0), x)))
 
 
 def _cumprod(call: _Call) -> str:
@@ -350,8 +351,7 @@ def _pad(mode: str) -> Callable[[_Call], str]:
 
 WRITERS: dict[str, Callable[[_Call], Any]] = {
     **{name: _plain(kind) for name, kind in (
-        ("relu", "Relu"), ("sigmoid", "Sigmoid"), ("tanh", "Tanh"), ("log", "Log"), ("hardswish", "HardSwish"),
-        ("add", "Add"),
+        ("relu", "Relu"), ("sigmoid", "Sigmoid"), ("tanh", "Tanh"), ("hardswish", "HardSwish"), ("add", "Add"),
         ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"), ("mm", "MatMul"), ("ge", "GreaterOrEqual"), ("gt", "Greater"),
         ("le", "LessOrEqual"), ("lt", "Less"), ("where", "Where"), ("bitwise_and", "And"), ("bitwise_or", "Or"),
         ("bitwise_not", "Not"), ("logical_not", "Not"),
@@ -364,6 +364,6 @@ WRITERS: dict[str, Callable[[_Call], Any]] = {
     "sum": _reduce("ReduceSum"), "amax": _reduce("ReduceMax"), "expand": _expand, "addmm": _addmm,
     "cat": _join("cat"), "stack": _join("stack"), "split": _split, "slice": _slice, "narrow": _narrow,
     "unsqueeze": _unsqueeze, "transpose": _transpose, "_softmax": _softmax, "cumprod": _cumprod,
-    "index_select": _index_select, "clamp": _clamp,
+    "index_select": _index_select, "logit": _logit,
     "reflection_pad2d": _pad("reflect"), "constant_pad_nd": _pad("constant"),
 }  # fmt: skip
