@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from test_recipes import RunError, Stage, base, call, ddi, iadi, planned, settings, skipnet
 
 import timm_dynamic as td
+from planning import try_start
 
 POLICY = "01011010"
 FEW = ["--image-size", 16, "--batch-size", 16, "--max-steps", 2, "--evaluations", 1, "--threads", 1]
@@ -192,6 +194,17 @@ def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: p
         assert call(skipnet, *few, *options) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "run").exists(), "nothing may have been begun"
+
+
+def test_a_target_in_another_unit_is_not_judged_by_macs(start: Path, tmp_path: Path) -> None:
+    found = settings(tmp_path, "skipnet", start=start, method="hindsight", free=1, target=0.9)
+    found = replace(found, max_steps=None)  # a dry run goes on with any target
+    stages = planned(skipnet.METHODS["hindsight"], found)
+    model = timm.create_model("resnet20_cifar")
+    with pytest.raises(RunError, match="--target must lie between"):
+        try_start(model, stages, found, (3, 16, 16))
+    try_start(model, stages, replace(found, cost="latency_ms"), (3, 16, 16))
+    assert not hasattr(model, "layer_gates")
 
 
 def test_exits_stand_where_they_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import timm_dynamic as td
 from options import Settings
 from run_folder import SETTINGS, RunError
-from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, steering
+from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, opens_first, steering
 from timm_dynamic.evaluation import costs_of
 from timm_dynamic.hindsight import HindsightTask, without_last
 from timm_dynamic.tasks import FollowTask
@@ -103,6 +103,8 @@ def try_start(
     with torch.random.fork_rng():
         if stage.surgery is not None:
             stage.surgery(other, settings)
+        if settings.cost != "macs":  # a target in another unit can be judged once that is measured
+            settings = replace(settings, alpha=settings.alpha or 0.0, target=None)
         dense = costs_of(other, input_size).dense
         stage.task(other, Outlook(1, dense, input_size, settings, {}, None, lambda: None))
 
@@ -125,7 +127,7 @@ def _settle_by_policy(model: Any, settings: Settings) -> None:
     names = model.layer_gates.gated
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
-    if settings.open is not None and settings.method == "hindsight":  # see `settles_first`
+    if opens_first(settings):
         stay = without_last(layers, settings.free)
         td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
 

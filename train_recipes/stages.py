@@ -167,10 +167,14 @@ def _numbers(key: str, value: str) -> int | float | tuple[float, ...]:
 # What happens to the model before a stage ----------------------------------------------------------------------------
 
 
+def opens_first(settings: Settings) -> bool:
+    """Whether units are opened before gates are trained: all that hindsight does not leave to them."""
+    return settings.open is not None and settings.method == "hindsight"
+
+
 def settles_first(settings: Settings) -> bool:
     """Whether units are settled before gates are trained, by the policy that training starts from."""
-    opens = settings.open is not None and settings.method == "hindsight"
-    return settings.start is not None and (settings.shut is not None or opens)
+    return settings.start is not None and (settings.shut is not None or opens_first(settings))
 
 
 def add_layer_gates(model: nn.Module, settings: Settings) -> None:
