@@ -20,7 +20,6 @@ import torch
 from fake_hub import FakeHub, Repo
 from huggingface_hub import HfApi, ModelCard, constants
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 import timm_dynamic as td
 from timm_dynamic import card, hub, registry, safety
@@ -155,7 +154,7 @@ def pruned() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: resnet18(), "only models of timm.create_model"),
+        (lambda: nn.Linear(2, 2), "only models of timm and torchvision can be saved; found Linear"),
         (lambda: timm.create_model("skipnet_resnet20_cifar", device="meta"), "meta device"),
         (pruned, "changed after it was made"),
     ],

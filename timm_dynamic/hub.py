@@ -37,6 +37,7 @@ from .gates import PARTS
 from .measure import cost_table
 from .safety import CONFIG, WEIGHTS
 from .shipped import config_of, folder_of
+from .twins import as_timm, is_torchvision
 from .version import __version__
 
 CARD = "README.md"
@@ -53,13 +54,14 @@ class HubError(RuntimeError):
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, *, metrics: Mapping[str, Any] | None = None) -> None:
-    """Save a stock or dynamic timm model so that timm can load it again.
+    """Save a stock or dynamic model so that timm can load it again.
 
     Writes `model.safetensors`, `config.json` and a model card, `README.md`. The same model and metrics give the same
     bytes; a card whose last line was deleted is kept as it is. Files appear whole or not at all.
 
     Args:
-        model: a model made by `timm.create_model`, or by `add_*` from such a model.
+        model: a model made by `timm.create_model` or torchvision, or by `add_*` from such a model. One of torchvision
+            is saved as the timm network of that name, which computes the same.
         directory: where to; it is made if it does not exist.
         metrics: what is known of the weights, kept in `config.json` and shown in the card: `accuracy`, `macs` and
             other numbers, or `dense`, `dynamic`, `exits` and `budgets` as in a recipe's `summary.json`; `dataset`,
@@ -119,8 +121,10 @@ def _twin_card(architecture: str, tag: str) -> str:
 
 
 def _save(model: nn.Module, folder: Path, metrics: Mapping[str, Any] | None, source: str) -> None:
+    if is_torchvision(model):
+        model = as_timm(model)
     if not isinstance(getattr(model, "pretrained_cfg", None), dict) or not timm.is_model(base_name(model)):
-        raise ValueError(f"only models of timm.create_model can be saved; found {type(model).__name__}")
+        raise ValueError(f"only models of timm and torchvision can be saved; found {type(model).__name__}")
     _check_metrics(metrics)
     tensors = _tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
