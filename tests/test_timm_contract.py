@@ -388,6 +388,29 @@ def test_compile_and_export(name: str) -> None:
     torch.testing.assert_close(skipping(x), logits(name))
 
 
+LIMITS: list[dict[str, Any]] = [
+    {"fraction": 0.5},
+    {"macs": [25 * 10**6, 10**9]},
+    {"energy_mj": 0.29},
+    {"confidence": 0.11},
+    {"exit": 1},
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: next(iter(limit)))
+def test_compile_and_export_under_a_budget(limit: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    gates = {"kind": "linear", "init": "random"}
+    model = td.set_execution(timm.create_model("ddi_resnet20_cifar", layer_gates=gates).eval(), "masked")
+    x = torch.randn(2, 3, 32, 32)
+    td.set_budget(model, **limit)
+    expected = td.decide(td.set_execution(model, "skip"), x)
+    td.set_execution(model, "masked")
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected.logits)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected.logits)
+    assert torch.equal(td.decide(model, x).exit_index, expected.exit_index)
+
+
 # Registry ------------------------------------------------------------------------------------------------------------
 
 

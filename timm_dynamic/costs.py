@@ -154,15 +154,23 @@ def _number(keep: Tensor) -> Tensor:
 
 
 def _count(keep: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Channels kept. keep: [B, groups] -> [B]."""
+    """Channels kept. keep: [B, groups] -> [B]. Sums and products with numbers: a GPU is not waited for."""
     values = _number(keep)
-    return (values * torch.tensor(sizes, device=keep.device, dtype=values.dtype)).sum(1)
+    total, first = torch.zeros_like(values[:, :0]).sum(1), 0
+    for size, run in itertools.groupby(sizes):
+        last = first + len(list(run))
+        total, first = total + values[:, first:last].sum(1) * size, last
+    return total
 
 
 def _by_group(keep: Tensor, sizes: tuple[int, ...], per_group: int) -> Tensor:
     """Keeps of channel groups as keeps of a convolution's groups. -> [B, conv groups]."""
-    counts = torch.tensor([size // per_group for size in sizes], device=keep.device)
-    return keep.repeat_interleave(counts, dim=1)
+    runs, first = [], 0
+    for size, run in itertools.groupby(sizes):
+        last = first + len(list(run))
+        runs.append(keep[:, first:last].repeat_interleave(size // per_group, dim=1))
+        first = last
+    return torch.cat(runs, 1)
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,11 @@ def allowance(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -
     if most.dim() and batch is not None and len(most) != batch:
         raise ValueError(f"the budget has one value for each of {len(most)} images; found a batch of {batch}")
     least = table.exits[0].dearest
-    if bool((most < least).any()):
+    smallest = min(given) if isinstance(given, Sequence) else given
+    if smallest < least:
         share = math.ceil(least / table.dense * 1e4) / 1e4
         raise ValueError(
-            f"a budget of {most.min().item()} {_NAMES[table.unit]} is too small: at input size {table.input_size} the "
+            f"a budget of {smallest} {_NAMES[table.unit]} is too small: at input size {table.input_size} the "
             f"dearest way to the first exit costs {least} {_NAMES[table.unit]} (fraction {share:.4f} of the stock "
             "model), the smallest budget possible"
         )
@@ -124,10 +125,7 @@ class Results:
     def see(self, walk: Walk, index: int, logits: Tensor | None) -> None:
         """Note the logits of an exit that was evaluated for the images still on their way."""
         if logits is not None and self.keep_all:
-            here = slice(None) if walk.rows is None else walk.rows
-            if walk.alive is not None:
-                here = walk.alive
-                logits = logits[walk.alive]
+            here = walk.alive if walk.masked else walk.rows
             self.exit_logits[index] = self._put(self.exit_logits[index], here, logits, float("nan"))
 
     def take(self, walk: Walk, index: int, leave: Tensor, logits: Tensor | None) -> None:
@@ -137,23 +135,35 @@ class Results:
         evaluated = logits is not None
         if logits is None:
             logits = walk.classify(index, walk.x if walk.masked or everyone else walk.x[leave])
-        if (walk.masked or evaluated) and not everyone:
+        elif not walk.masked:
             logits = logits[leave]
-        places = leave.nonzero().flatten() if walk.rows is None else walk.rows[leave]
-        here: Any = slice(None) if everyone and walk.rows is None else places
+        here = self._places(walk, leave, everyone)
         self.logits = self._put(self.logits, here, logits, 0.0)
         if self.keep_all and not evaluated:
             self.exit_logits[index] = self._put(self.exit_logits[index], here, logits, float("nan"))
-        self.exit_index = self._put(self.exit_index, places, torch.full_like(places, index), 0)
+        self.exit_index = self._put(self.exit_index, here, logits.new_full((len(logits),), index, dtype=torch.int64), 0)
         if walk.macs is not None:
-            spent = torch.as_tensor(walk.macs.spent, device=logits.device).expand(walk.images())[leave]
+            spent = torch.as_tensor(walk.macs.spent, device=logits.device).expand(walk.images())
+            spent = spent if walk.masked or everyone else spent[leave]
             spent = spent if evaluated else spent + walk.macs.exit_cost(index)
-            self.macs = self._put(self.macs, places, spent, 0)
+            self.macs = self._put(self.macs, here, spent, 0)
 
-    def _put(self, into: Tensor | None, here: Any, values: Tensor, empty: float) -> Tensor:
-        if into is None and isinstance(here, slice):
+    def _places(self, walk: Walk, leave: Tensor, everyone: bool) -> Tensor | None:
+        """Where in the batch those are who leave: bool [B] while masked, which waits for no value; None for all."""
+        if walk.masked:
+            return leave
+        if walk.rows is None:
+            return None if everyone else leave.nonzero().flatten()
+        return walk.rows if everyone else walk.rows[leave]
+
+    def _put(self, into: Tensor | None, here: Tensor | None, values: Tensor, empty: float) -> Tensor:
+        """Values in their places: bool over all images, indices of some, or None for all of them."""
+        if here is None and into is None:
             return values
+        if here is not None and here.dtype == torch.bool:
+            here = here.reshape(-1, *[1] * (values.dim() - 1))
+            return torch.where(here, values, empty if into is None else into)
         if into is None:
             into = torch.full((self.batch, *values.shape[1:]), empty, dtype=values.dtype, device=values.device)
-        into[here] = values
+        into[slice(None) if here is None else here] = values
         return into

@@ -1,5 +1,6 @@
 """The walk through a dynamic network, unit by unit: what the gates say, what is run, what it costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,14 +80,19 @@ def dynamic_of(model: Any) -> Dynamic:
     return dynamic
 
 
+def table_for(model: Any, input_size: Sequence[int]) -> costs.CostTable:
+    """The model's cost table, counted once for each input size [C, H, W]."""
+    channels, height, width = input_size
+    key = (channels, height, width, families.classes(model))
+    found = model.dynamic.tables.get(key)
+    return _counted(model, key) if found is None else found
+
+
 @torch.compiler.disable
-def table_for(model: Any, input_size: tuple[int, int, int]) -> costs.CostTable:
-    """The model's cost table, counted once for each input size."""
-    key = (*input_size, families.classes(model))
-    tables = model.dynamic.tables
-    if key not in tables:
-        tables[key] = count_macs(model.dynamic.origin or model, input_size)
-    return tables[key]
+def _counted(model: Any, key: tuple[int, int, int, int]) -> costs.CostTable:
+    """Count a network, and remember what was found."""
+    table = model.dynamic.tables[key] = count_macs(model.dynamic.origin or model, key[:3])
+    return table
 
 
 def _limit_table(model: Any, x: Tensor) -> costs.CostTable:
