@@ -381,6 +381,8 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ({"shut": 0.5, "open": 0.4}, "--open must be a share of the images above --shut, .*found 0.4"),
         ({"batch_size": 10, "accumulate": 4}, "--accumulate must divide --batch-size"),
         ({"epochs_scale": 0.0}, "--epochs-scale must be above 0"),
+        ({"alpha": float("nan")}, "--alpha must be a finite number; found nan"),
+        ({"distill": float("inf")}, "--distill must be a finite number; found inf"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -669,9 +671,19 @@ def test_training_for_milliseconds_and_millijoules(tmp_path: Path) -> None:
     run(tmp_path / "macs", stages=skipnet.METHODS["sp"], recipe="skipnet")
     shares = [RunFolder(tmp_path / name).rows()[-1]["train"]["macs_share"] for name in ("mj", "macs")]
     assert shares[0] == pytest.approx(shares[1], rel=1e-3), "where bytes cost nothing, energy is MACs"
+    energy.write_text(json.dumps({"pj_per_mac": -1}))
+    with pytest.raises(RunError, match=r"--energy .*energy.json: pj_per_mac must be .* above 0; found -1"):
+        run(tmp_path / "negative", cost="energy_mj", energy=energy)
+    assert not (tmp_path / "negative").exists()
     energy.write_text(json.dumps({"parts": {"stem": 1.0}}))
     with pytest.raises(RunError, match=r"--cost energy_mj: .*missing: "):
         run(tmp_path / "odd", cost="energy_mj", energy=energy)
+
+
+def test_a_gain_that_nothing_could_be_compared_with(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"--gain .* needs such a stage; found base, warmup"):
+        run(tmp_path / "run", stages=iadi.STAGES, recipe="iadi", gain=True, stage=("iadi.epochs=0",))
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes(tmp_path: Path) -> None:

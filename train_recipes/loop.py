@@ -37,6 +37,11 @@ def run(stages: tuple[Stage, ...], settings: Settings) -> None:
     """Train a network through the stages and leave the run's folder complete."""
     accelerator = make_accelerator(settings)
     stages = planned(stages, settings)
+    if settings.gain and any(stage.surgery is not None for stage in stages) and not _adapting(stages):
+        raise RunError(
+            "--gain trains a static network for as long as the gated one was trained as a whole: it needs such a "
+            f"stage; found {', '.join(stage.name for stage in stages)}"
+        )
     trained = _train(accelerator, stages, settings)
     if settings.gain and any(stage.surgery is not None for stage in stages):
         _compare_with_static(accelerator, stages, settings)
@@ -73,6 +78,11 @@ def _load(accelerator: Accelerator, settings: Settings) -> datasets.Data:
     return datasets.hold_out(data, settings.holdout) if settings.holdout else data
 
 
+def _adapting(stages: tuple[Stage, ...]) -> list[Stage]:
+    """The stages in which a gated network is trained as a whole."""
+    return [stage for stage in stages if stage.name != "base" and stage.trains == "all"]
+
+
 def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settings) -> None:
     """Train the best static policy from the same base for as many steps, and note the adaptive gain."""
     root = settings.folder
@@ -82,7 +92,7 @@ def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], se
     model = timm.create_model(f"local-dir:{root}", pretrained=True, budget=False).to(accelerator.device)
     policy = static_policy(model, datasets.val_loader(data, results.VAL_BATCH, settings.workers))
     accelerator.print(f"now the best static policy, {policy}, for as long: its accuracy is what adapting has to beat")
-    gated = [stage for stage in stages if stage.name != "base" and stage.trains == "all"]
+    gated = _adapting(stages)
     per_epoch = len(data.train) // settings.batch_size  # type: ignore[arg-type]
     steps = sum(stage.steps(per_epoch, settings) for stage in gated)
     longest = max(gated, key=lambda stage: stage.steps(per_epoch, settings))

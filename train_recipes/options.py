@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +139,9 @@ def _check(found: Settings, prefix: str) -> None:
     if other:
         wanted = f"{prefix}* or a stock model" if prefix else "a stock model"
         raise RunError(f"{found.recipe}.py trains {wanted}; found --model {found.model}")
+    for name, value in dataclasses.asdict(found).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"--{name.replace('_', '-')} must be a finite number; found {value}")
     if found.alpha is not None and found.target is not None:
         raise RunError(f"give --alpha or --target, not both; found {found.alpha} and {found.target}")
     for name in ("target", "calibrate"):

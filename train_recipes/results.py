@@ -24,6 +24,7 @@ from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
 from stages import add_exits, add_layer_gates
 from timm_dynamic.budgets import set_price
 from timm_dynamic.calibration import meet_cost
+from timm_dynamic.configs import EnergyConfig
 from timm_dynamic.costs import CostTable
 from timm_dynamic.evaluation import (
     Evaluation,
@@ -37,7 +38,7 @@ from timm_dynamic.evaluation import (
     latency,
 )
 from timm_dynamic.gates import PARTS
-from timm_dynamic.hub import save_pretrained
+from timm_dynamic.hub import hub_errors, save_pretrained
 from timm_dynamic.report import write_report
 
 TIMED_IMAGES = 20
@@ -70,19 +71,22 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
     if data.input_size[-1] <= LARGEST_IN_MEMORY:
         overlay |= {"crop_pct": 1.0, "interpolation": "bilinear"}
     try:
-        model = timm.create_model(
-            base if pretrained else name,
-            pretrained=pretrained,
-            num_classes=len(data.classes),
-            pretrained_cfg_overlay=None if pretrained else {**overlay, "tag": None},  # no weights of any tag
-        )
-    except RuntimeError as error:
+        with hub_errors(str(base)):
+            model = timm.create_model(
+                base if pretrained else name,
+                pretrained=pretrained,
+                num_classes=len(data.classes),
+                pretrained_cfg_overlay=None if pretrained else {**overlay, "tag": None},  # no weights of any tag
+            )
+    except (OSError, RuntimeError) as error:
         raise RunError(f"--model {settings.model}: {error}") from error
     if pretrained:
         model.pretrained_cfg.update(overlay)
     elif base is not None:
         path = Path(base)
         load_weights(model, path / "model.safetensors" if path.is_dir() else path)
+    if settings.energy is not None:
+        _energy(settings)  # what is wrong there is said before training too
     try:
         td.cost_table(model, data.input_size)
     except ValueError as error:
@@ -111,9 +115,7 @@ def price(model: nn.Module, input_size: tuple[int, int, int], settings: Settings
         return costs_of(model, input_size).dense
     try:
         if settings.cost == "energy_mj":
-            assert settings.energy is not None
-            energy = json.loads(settings.energy.read_text())
-            table = td.cost_table(model, input_size, "energy_mj", energy=energy)
+            table = td.cost_table(model, input_size, "energy_mj", energy=_energy(settings))
         else:
             parts = "-".join(part for part in PARTS if hasattr(model, part))
             path = folder.root / f"latency-{parts}.json"
@@ -121,9 +123,18 @@ def price(model: nn.Module, input_size: tuple[int, int, int], settings: Settings
                 write_json(path, td.cost_table(model, input_size, "latency_ms").to_dict())
             table = CostTable.from_dict(json.loads(path.read_text()))
         set_price(model, table)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"--cost {settings.cost}: {error}") from error
     return table.dense
+
+
+def _energy(settings: Settings) -> EnergyConfig:
+    """What millijoules are computed from."""
+    assert settings.energy is not None
+    try:
+        return EnergyConfig.make(json.loads(settings.energy.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"--energy {settings.energy}: {error}") from error
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
