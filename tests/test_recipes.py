@@ -382,6 +382,9 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ({"batch_size": 10, "accumulate": 4}, "--accumulate must divide --batch-size"),
         ({"epochs_scale": 0.0}, "--epochs-scale must be above 0"),
         ({"alpha": float("nan")}, "--alpha must be a finite number; found nan"),
+        ({"seed": -1}, "--seed must be 0 or above; found -1"),
+        ({"workers": -1}, "--workers must be 0 or above; found -1"),
+        ({"max_steps": 0}, "--max-steps must be above 0; found 0"),
         ({"distill": float("inf")}, "--distill must be a finite number; found inf"),
     ],
 )

@@ -106,12 +106,12 @@ def short() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (dilated, "this ResNet has other layers"),
-        (headless, "this ResNet has other layers"),
-        (frozen, "this ResNet has other layers"),
-        (short, "this DynamicTorchvisionResNet has other layers"),
-        (lambda: torchvision.models.DenseNet(12, (2, 3)), "this DenseNet has other layers"),
-        (lambda: torchvision.models.densenet121(drop_rate=0.2), "this DenseNet has other layers"),
+        (dilated, "this ResNet is not what torchvision makes"),
+        (headless, "this ResNet is not what torchvision makes"),
+        (frozen, "this ResNet is not what torchvision makes"),
+        (short, "this DynamicTorchvisionResNet is not what torchvision makes"),
+        (lambda: torchvision.models.DenseNet(12, (2, 3)), "this DenseNet is not what torchvision makes"),
+        (lambda: torchvision.models.densenet121(drop_rate=0.2), "this DenseNet is not what torchvision makes"),
         (lambda: torchvision.models.squeezenet1_0(), "only models of timm and torchvision can be saved; found Squeeze"),
     ],
 )

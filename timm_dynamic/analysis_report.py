@@ -211,13 +211,14 @@ class Work:
 
     def _dense(self) -> tuple[float, float] | None:
         """Accuracy and MACs of the dense base: measured if it is there, else as noted with the weights."""
+        self.noted = False
         if self.base is not None:
             return self.base.evaluation.accuracy, self.base.evaluation.macs
         wanted = _base_name(self.subject.model)
         for one in self.beside:
             if not one.dynamic and families.model_name(one.model) == wanted:
                 return one.evaluation.accuracy, one.evaluation.macs
-        noted = self.subject.summary.get("dense")
+        noted, self.noted = self.subject.summary.get("dense"), True
         return (float(noted["accuracy"]), float(noted["macs"])) if noted else None
 
     def cost(self) -> list[Section]:
@@ -236,7 +237,7 @@ class Work:
             best = cheapest_equal(own, self.dense[0])
         self.known["equal"] = best
         section = cost_section(self.network.name, self.points, self.dense, missing)
-        return [section, reduction_section(self.points, self.dense)]
+        return [section, reduction_section(self.points, self.dense, self.noted)]
 
     def _calibrate(self) -> str:
         """Add what calibrate's targets give; what is to be said of it."""

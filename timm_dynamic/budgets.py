@@ -16,7 +16,7 @@ from .walk import dynamic_of, table_for
 def default_input_size(model: Any) -> tuple[int, int, int]:
     """The input size that a model was made for: (channels, height, width)."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    channels = getattr(model, "in_chans", 3)
+    channels = getattr(model, "in_chans", None) or families.channels_in(model)
     height, width = tuple(cfg.get("input_size", (3, 224, 224)))[1:]
     return (channels, height, width)
 
@@ -87,6 +87,7 @@ def set_price(model: Any, table: CostTable | None) -> Any:
     if table is not None:
         _check_table(model, table, table_for(model, table.input_size), table.unit)
     dynamic.priced = None if table is None else table.by_channel()
+    dynamic.price_lost = False
     return model
 
 

@@ -73,8 +73,8 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
         What was set.
 
     Raises:
-        ValueError: if there are too few images, the model lacks what is to be moved, or the target cannot be met;
-            the message names what can. The thresholds are then what they were.
+        ValueError: if there are too few images, a batch is of another form, the model lacks what is to be moved, or the
+            target cannot be met; thresholds are then what they were.
     """
     positive("fraction", fraction)
     search = _Search(model, loader, use)
@@ -196,7 +196,7 @@ class _Search:
     def __init__(self, model: Any, loader: Iterable[Any], use: str) -> None:
         self.model = model
         self.move_gates, self.move_exits = _movable(model, use)
-        self.images = [(batch[0], batch[1]) for batch in loader]
+        self.images = [_pair(batch) for batch in loader]
         count = sum(len(x) for x, _ in self.images)
         if count < FEWEST:
             raise ValueError(f"calibrate needs at least {FEWEST} images; found {count}")
@@ -229,7 +229,8 @@ class _Search:
             reach = [one.fraction for one in settings]
             raise OutOfReach(
                 f"a mean cost of {target:.3f} of the stock model cannot be met; wanted a fraction in "
-                f"{min(reach):.3f}..{max(reach):.3f}"
+                f"{min(reach):.3f}..{max(reach):.3f}; what comes nearest is "
+                f"{min(reach, key=lambda share: abs(share - target)):.3f}"
             )
         return max(found, key=lambda one: one.accuracy)
 
@@ -245,6 +246,16 @@ class _Search:
                 found.append(Calibration(level, confidence, *_leave(run, [confidence] * before, self.dense)))
             self.tried[level] = found
         return self.tried[level]
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch."""
+    found = batch if isinstance(batch, (tuple, list)) else (batch,)
+    fits = len(found) >= 2 and all(isinstance(part, Tensor) for part in found[:2]) and found[0].dim() == 4
+    if not fits or found[1].shape != found[0].shape[:1]:
+        shown = ", ".join(str(list(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in found)
+        raise ValueError(f"calibrate needs batches of (images [B, C, H, W], labels [B]); found ({shown})")
+    return found[0], found[1]
 
 
 def _confidences(run: _Run) -> list[float]:

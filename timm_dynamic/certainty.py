@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import families
 from .gates import Memory, logit
+from .modes import forget_casts
 
 MOST = 0.999  # a probability from which on certainty is 1
 
@@ -32,6 +33,7 @@ def certainty(model: Any, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], 1, dtype=torch.float32)
     with torch.no_grad():
         probs = torch.softmax(families.family(model).head(model, x).float(), 1)
+        forget_casts()
         return torch.logit(probs.amax(1, keepdim=True), 1 - MOST) / logit(MOST)
 
 

@@ -54,6 +54,11 @@ class UnitCost:
     open: bool = False
 
     @property
+    def whole(self) -> bool:
+        """Whether costs are whole numbers, as MACs are."""
+        return all(isinstance(conv.cost, int) for conv in self.convs)
+
+    @property
     def branch(self) -> Any:
         """Cost of the branch with all channels."""
         return sum(conv.cost + conv.extra for conv in self.convs)
@@ -93,7 +98,7 @@ class UnitCost:
         outside = self.layer_gate + self.shortcut
         if keep is None:
             return inside + outside
-        return _number(keep) * inside + outside
+        return _number(keep, self.whole) * inside + outside
 
     def price_one(self, keep: bool, channels: Sequence[Sequence[bool]] | None) -> Any:
         """`price` of one image in plain numbers, which take a tenth of the time of small tensors.
@@ -128,19 +133,19 @@ class UnitCost:
                 total = total + self._price_grouped(conv, i, source, target)
             else:
                 pair = _share(conv.cost, conv.inputs * conv.outputs)
-                kept_in = conv.inputs if source is None else _count(source, self.sizes[i - 1])
-                kept_out = conv.outputs if target is None else _count(target, self.sizes[i])
+                kept_in = conv.inputs if source is None else _count(source, self.sizes[i - 1], self.whole)
+                kept_out = conv.outputs if target is None else _count(target, self.sizes[i], self.whole)
                 total = total + pair * kept_in * kept_out
             if conv.extra:
                 each = _share(conv.extra, conv.outputs) if target is not None else conv.extra
-                total = total + (each * _count(target, self.sizes[i]) if target is not None else each)
+                total = total + (each * _count(target, self.sizes[i], self.whole) if target is not None else each)
         return total
 
     def _price_grouped(self, conv: ConvCost, i: int, source: Tensor, target: Tensor) -> Tensor:
         """A grouped convolution runs the groups whose inputs and outputs are both kept."""
         ins = _by_group(source, self.sizes[i - 1], conv.inputs // conv.groups)
         outs = _by_group(target, self.sizes[i], conv.outputs // conv.groups)
-        return (_number(ins) * _number(outs)).sum(1) * _share(conv.cost, conv.groups)
+        return (_number(ins, self.whole) * _number(outs, self.whole)).sum(1) * _share(conv.cost, conv.groups)
 
 
 def _share(cost: Any, parts: int) -> Any:
@@ -148,15 +153,16 @@ def _share(cost: Any, parts: int) -> Any:
     return cost // parts if isinstance(cost, int) else cost / parts
 
 
-def _number(keep: Tensor) -> Tensor:
-    """Keeps as numbers whose sums of MACs are exact."""
-    return keep.long() if keep.dtype == torch.bool else keep.double()
+def _number(keep: Tensor, whole: bool) -> Tensor:
+    """Keeps as numbers whose sums are exact for costs that are whole, and as good as Python's for others."""
+    return keep.long() if whole and keep.dtype == torch.bool else keep.double()
 
 
-def _count(keep: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def _count(keep: Tensor, sizes: tuple[int, ...], whole: bool) -> Tensor:
     """Channels kept. keep: [B, groups] -> [B]. Sums and products with numbers: a GPU is not waited for."""
-    values = _number(keep)
-    total, first = torch.zeros_like(values[:, :0]).sum(1), 0
+    values = _number(keep, whole)
+    total: Any = 0
+    first = 0
     for size, run in itertools.groupby(sizes):
         last = first + len(list(run))
         total, first = total + values[:, first:last].sum(1) * size, last

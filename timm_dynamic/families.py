@@ -256,9 +256,19 @@ def units(model: nn.Module) -> list[Unit]:
     return found
 
 
+def channels_in(model: nn.Module) -> int:
+    """Channels of an image, as the first convolution takes them."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
 def classes(model: nn.Module) -> int:
     """Outputs of a network's classifier; 0 if it has none."""
-    return getattr(model.get_submodule(family(model).classifier), "out_features", 0)
+    return getattr(classifier(model), "out_features", 0)
+
+
+def classifier(model: nn.Module) -> nn.Module:
+    """A network's classifier: a linear layer, unless it was taken off or replaced."""
+    return model.get_submodule(family(model).classifier)
 
 
 def channels_after(found: Sequence[Unit], i: int) -> int:

@@ -18,6 +18,16 @@ class Forced:
     exit: int | Tensor | None = None
     idle: frozenset[int] = frozenset()
 
+    def cut(self, units: int, widths: int) -> "Forced":
+        """What is left of it in a network of so many gated units and gated hidden widths, without exits."""
+        layer, channel = self.layer_keep, self.channel_keep
+        if isinstance(layer, Tensor):
+            layer = layer[:, :units]
+        if isinstance(channel, Sequence):
+            channel = channel[:widths]
+        idle = frozenset(unit for unit in self.idle if unit < units)
+        return Forced(layer if units else None, channel if widths else None, None, idle)
+
 
 @dataclass
 class Resolved:

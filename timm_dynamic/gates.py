@@ -218,7 +218,7 @@ class SettledGates(Exact):
 
     def settled_prob(self, index: int, x: Tensor) -> Tensor:
         """What stands for the probability of keeping a unit whose gate is not run: 0 or 1. -> [B]."""
-        return x.new_full((len(x),), float(self.settled[index]), dtype=torch.float32)
+        return x.new_full(x.shape[:1], float(self.settled[index]), dtype=torch.float32)
 
 
 class FeedForwardGates(SettledGates):

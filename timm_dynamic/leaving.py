@@ -12,6 +12,8 @@ from .configs import BudgetConfig
 from .exits import confident
 from .walk import Walk
 
+ROUNDING = 1 + 1e-9  # sums of milliseconds or millijoules depend on their order in the last digits
+
 
 class Rule:
     """Who leaves at an exit: by budget, or because it is forced."""
@@ -65,7 +67,8 @@ def allowance(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -
         ValueError: if it is less than the dearest way to the first exit, or of the wrong length.
     """
     given = int(table.dense * budget.fraction) if budget.fraction is not None else getattr(budget, table.unit)
-    most = torch.as_tensor(given, dtype=torch.int64 if table.unit == "macs" else torch.float64, device="cpu")
+    whole = table.unit == "macs"
+    most = torch.as_tensor(given if whole else given * ROUNDING, dtype=torch.int64 if whole else torch.float64)
     if most.dim() and batch is not None and len(most) != batch:
         raise ValueError(f"the budget has one value for each of {len(most)} images; found a batch of {batch}")
     least = table.exits[0].dearest
@@ -141,7 +144,8 @@ class Results:
         self.logits = self._put(self.logits, here, logits, 0.0)
         if self.keep_all and not evaluated:
             self.exit_logits[index] = self._put(self.exit_logits[index], here, logits, float("nan"))
-        self.exit_index = self._put(self.exit_index, here, logits.new_full((len(logits),), index, dtype=torch.int64), 0)
+        numbers = torch.full_like(logits[:, 0], index, dtype=torch.int64)
+        self.exit_index = self._put(self.exit_index, here, numbers, 0)
         if walk.macs is not None:
             spent = torch.as_tensor(walk.macs.spent, device=logits.device).expand(walk.images())
             spent = spent if walk.masked or everyone else spent[leave]

@@ -1,8 +1,10 @@
-"""Training or eval: the modes of a network's modules, for a while."""
+"""Modes for a while: training or eval of a network's modules, and what passes without gradients leave behind."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -14,3 +16,12 @@ def modes_kept(model: Any) -> Iterator[Any]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def forget_casts() -> None:
+    """Forget the weights that autocast has cast in a pass without gradients.
+
+    Before torch 2.11 the passes after it would take them, and no gradient would come to the weights.
+    """
+    if not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import losses
 from .forward import Decisions, decide
 from .gates import sharpened
+from .modes import forget_casts
 from .surgery import set_execution, set_gating
 from .tasks import DynamicTask, mean_over_processes, of_free_units, zero_of_all
 
@@ -174,10 +175,13 @@ class ReinforceTask(DynamicTask):
     @torch.no_grad()
     def _greedy(self, x: Tensor) -> Decisions:
         """What the network does when it does not sample; leaving work out, where batch norms stand still."""
-        if not self.still:
-            return decide(self.model, x)
-        with self._leaving_work_out():
-            return decide(self.model, x)
+        try:
+            if not self.still:
+                return decide(self.model, x)
+            with self._leaving_work_out():
+                return decide(self.model, x)
+        finally:
+            forget_casts()
 
     @contextmanager
     def _leaving_work_out(self) -> Iterator[None]:

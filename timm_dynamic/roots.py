@@ -64,6 +64,8 @@ def _forward_intermediates(
 
 def _load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
     """As `torch.nn.Module`'s; weights of the stock model, which have no gates and no exits, leave those as they are."""
+    if self.dynamic.slices is not None:
+        self.dynamic.slices.clear()
     own = {key: value for key, value in self.state_dict().items() if is_part(key)}
     if own and state_dict and not any(map(is_part, state_dict)):
         _logger.info("These weights have no gates and no exits: those of the model stay as they are.")
@@ -88,6 +90,10 @@ def _timm_root(name: str, base: Any) -> Any:
                 getattr(self, part).cut(left - 1)
         if hasattr(self, "exits") and (prune_head or left < before):
             del self.exits
+        if self.dynamic.forced is not None:
+            gated = len(getattr(self, "layer_gates", ()))
+            widths = sum(map(len, getattr(getattr(self, "channel_gates", None), "sizes", ())))
+            self.dynamic.forced = self.dynamic.forced.cut(gated, widths)
         self.dynamic.count_anew()
         if self.dynamic.origin is not None:
             self.dynamic.origin.prune_intermediate_layers(indices, prune_norm, prune_head)
@@ -95,6 +101,8 @@ def _timm_root(name: str, base: Any) -> Any:
 
     def reset_classifier(self: Any, num_classes: int, global_pool: str | None = None) -> None:
         """As timm's; the exits follow, and none lets images leave by confidence before it is calibrated again."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or above; found {num_classes}")
         base.reset_classifier(self, num_classes, global_pool)
         self.dynamic.count_anew()
         if hasattr(self, "exits"):

@@ -138,8 +138,8 @@ def _cost_row(point: Point, dense: float) -> tuple[str, ...]:
     return (point.network, what, percent(point.accuracy, 2), *shares, keep)
 
 
-def reduction_section(points: Sequence[Point], dense: tuple[float, float] | None) -> Section:
-    """What each dynamic network saves at equal accuracy (SkipNet, fig. 4)."""
+def reduction_section(points: Sequence[Point], dense: tuple[float, float] | None, noted: bool = False) -> Section:
+    """What each dynamic network saves at equal accuracy (SkipNet, fig. 4). noted: the base was not measured here."""
     title = "Computation saved at equal accuracy"
     if dense is None:
         text = "The dense base's accuracy is not known: give the folder of a run, or the base as --beside."
@@ -163,7 +163,11 @@ def reduction_section(points: Sequence[Point], dense: tuple[float, float] | None
     axes.set(xlabel="multiply-adds (% of the dense base's)")
     caption = "Least cost within half a point of the dense base; grey: no setting is so accurate."
     header = ("network", "saved", "setting", "accuracy", "mean MACs")
-    text = f"The dense base reaches {percent(accuracy, 2)}. The setting is chosen on the images that it is measured on."
+    where = ", as noted with the weights, perhaps on other images (--beside measures it)" if noted else ""
+    text = (
+        f"The dense base reaches {percent(accuracy, 2)}{where}. "
+        "The setting is chosen on the images that it is measured on."
+    )
     return Section(
         "reduction", title, [svg(figure, "reduction", caption), table(header, rows), paragraph(text)], numbers
     )

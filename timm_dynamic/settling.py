@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import families
 from .budgets import check_budget
@@ -57,6 +56,8 @@ def open_units(model: Any, names: Iterable[str]) -> Any:
 
 
 def _settle(model: Any, what: str, names: Iterable[str]) -> Any:
+    if isinstance(names, str):
+        raise ValueError(f"a list of units is needed, such as [{names!r}]; found the string {names!r}")
     gates, dynamic, given = _layer_gates(model), dynamic_of(model), tuple(names)
     before, in_order = gates.config, tuple(sorted(set(given), key=(*gates.gated, *given).index))
     _take(model, replace(before, **{what: in_order}))
@@ -66,6 +67,7 @@ def _settle(model: Any, what: str, names: Iterable[str]) -> Any:
     except ValueError:
         _take(model, before)
         raise
+    dynamic.unprice()
     return model
 
 
@@ -76,12 +78,12 @@ def _take(model: Any, config: LayerGateConfig) -> None:
     model.dynamic.tables.clear()
 
 
-def idle_units(model: Any, images: Iterable[Tensor], share: float = 0.0) -> tuple[str, ...]:
+def idle_units(model: Any, images: Iterable[Any], share: float = 0.0) -> tuple[str, ...]:
     """Gated units that few images run, or none, on the way to the head without a budget.
 
     Args:
         model: a dynamic model with layer gates, in any mode; it is not changed.
-        images: batches [B, C, H, W].
+        images: batches [B, C, H, W], or of (images, labels) as loaders give them.
         share: of the images, in 0..1; units that no more than these run are named.
 
     Returns:
@@ -94,12 +96,12 @@ def idle_units(model: Any, images: Iterable[Tensor], share: float = 0.0) -> tupl
     return tuple(name for name, one in found.items() if one <= share)
 
 
-def busy_units(model: Any, images: Iterable[Tensor], share: float = 1.0) -> tuple[str, ...]:
+def busy_units(model: Any, images: Iterable[Any], share: float = 1.0) -> tuple[str, ...]:
     """Gated units that most images run, or all, on the way to the head without a budget.
 
     Args:
         model: a dynamic model with layer gates, in any mode; it is not changed.
-        images: batches [B, C, H, W].
+        images: batches [B, C, H, W], or of (images, labels) as loaders give them.
         share: of the images, in 0..1; units that at least these run are named.
 
     Returns:
@@ -113,14 +115,15 @@ def busy_units(model: Any, images: Iterable[Tensor], share: float = 1.0) -> tupl
 
 
 @torch.no_grad()
-def _runs(model: Any, images: Iterable[Tensor], share: float) -> dict[str, float]:
+def _runs(model: Any, images: Iterable[Any], share: float) -> dict[str, float]:
     """For each gated unit, in running order, the share of the images that run it."""
     ratio("share", share)
     gates = _layer_gates(model)
     device = next(model.parameters()).device
     runs, count = torch.zeros(len(gates), dtype=torch.float64), 0
     with kept(model):
-        for x in images:
+        for batch in images:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
             log = Log(len(x))
             walk = Walk(model, x.to(device), log, budgeted=False)
             walk.to_exit(len(walk.stops) - 1)

@@ -79,13 +79,19 @@ def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> 
         The same model. In training it then gives a tuple of logits, the head's last.
 
     Raises:
-        ValueError: if the model has no units, has exits already, or a place does not exist. Nothing is changed.
+        ValueError: if the model has no units, has exits already, a classifier that is no linear layer, or a place does
+            not exist. Nothing is changed.
     """
     chosen = ExitConfig.make(config)
     _sites(model, "exits")
     all_units = families.units(model)
     after = _places(model, chosen, all_units)
-    classes = families.classes(model)
+    classes, head = families.classes(model), families.classifier(model)
+    if not classes and not isinstance(head, nn.Identity):
+        raise ValueError(
+            f"exits need a classifier that is a linear layer, whose classes they take; found {type(head).__name__} in "
+            f"{families.model_name(model)!r}: put it in afterwards, or give the model its num_classes"
+        )
 
     def build() -> Exits:
         heads = [

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import families
 from .gates import PARTS, is_part
+from .roots import ROOTS
 
 TAG = "tv_in1k"  # timm's name of torchvision's own weights: how their images are prepared
 
@@ -36,7 +37,10 @@ def as_timm(model: Any) -> Any:
         name, more = f"ddi_{name}", {**more, **parts}
     with torch.device("meta"):
         twin: Any = timm.create_model(f"{name}.{TAG}", **more)
-    twin.load_state_dict(model.state_dict(), assign=True)
+    try:
+        twin.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise _changed(model) from error
     if hasattr(model, "dynamic"):
         twin.dynamic.budget, twin.dynamic.limit = model.dynamic.budget, model.dynamic.limit
     return twin.train(model.training)
@@ -45,6 +49,8 @@ def as_timm(model: Any) -> Any:
 def _name_of(model: nn.Module) -> str:
     """The name by which torchvision makes a network of these layers."""
     layers = _layers(model)
+    if type(model) not in {*ROOTS, *ROOTS.values()}:
+        raise _changed(model)
     for name in torchvision.models.list_models(module=torchvision.models):
         builder = torchvision.models.get_model_builder(name)
         if builder.__module__ != _module_of(model) or not families.classes(model):
@@ -52,9 +58,13 @@ def _name_of(model: nn.Module) -> str:
         with torch.device("meta"):
             if _layers(builder(num_classes=families.classes(model))) == layers:
                 return name
-    raise ValueError(
-        f"this {type(model).__name__} has other layers than any network that torchvision makes by name, and cannot be "
-        "built again from one: save its state_dict() instead"
+    raise _changed(model)
+
+
+def _changed(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"this {type(model).__name__} is not what torchvision makes by a name, or was changed after it was made, and "
+        "cannot be built again from a name: save its state_dict() instead"
     )
 
 

@@ -97,6 +97,9 @@ def run_masked(unit: Unit, x: Tensor, keep: Tensor | None, keeps: Keeps | None) 
     y = branch(unit, x, keeps)
     short = shortcut(unit, x)
     y = close(unit, y, short)
+    if isinstance(keep, Tensor) and keep.dtype == torch.bool:  # no proxy of torch.fx
+        run = keep[:, None, None, None]
+        return torch.where(run, y, 0.0) if unit.kind.grows else torch.where(run, y, rest(unit, short))
     gate = keep.to(y.dtype)[:, None, None, None]
     if unit.kind.grows:  # rests at zeros
         return gate * y

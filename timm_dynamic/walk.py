@@ -28,6 +28,7 @@ class Dynamic:
     temperature: float = 1.0  # of sampled decisions
     drawing: bool = False  # whether layer gates sample in eval too: training that leaves work out
     priced: costs.CostTable | None = None  # what `Decisions.cost` is counted by in training, if not by MACs
+    price_lost: bool = False  # whether `priced` was forgotten, because the network was changed
     slices: units.Slices | None = None  # of an optimised copy: sliced weights of patterns met before
     origin: Any = None  # of an optimised copy: the model it was made from, on the meta device
     limit: costs.CostTable | None = None  # what a budget of milliseconds or millijoules is counted by
@@ -37,6 +38,12 @@ class Dynamic:
         """Forget what was counted, after the network's parts have changed; budgets by a table must be set again."""
         self.tables.clear()
         self.limit = None
+        self.unprice()
+
+    def unprice(self) -> None:
+        """Forget what training counts by: a price in another unit than MACs must be set again."""
+        self.price_lost = self.price_lost or self.priced is not None
+        self.priced = None
 
 
 def spread(values: Tensor, places: Tensor | None, count: int) -> Tensor:
@@ -141,6 +148,8 @@ class Walk:
             log: collects decisions, if given.
             budgeted: whether the model's budget is to be kept.
         """
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise ValueError(f"images [batch, channels, height, width] are needed; found a shape of {list(x.shape)}")
         self.model, self.log = model, log
         self.family = families.family(model)
         self.units = families.units(model)
@@ -158,6 +167,8 @@ class Walk:
         if log is not None or (budget is not None and budget.unit == "macs"):
             self.macs = self._open_account(table_for(model, tuple(x.shape[1:])))
         priced = model.dynamic.priced if log is not None and model.training else None
+        if log is not None and model.training and model.dynamic.price_lost:
+            raise ValueError("the model was changed after its price was set: set the price again")
         self.price = self.macs if priced is None else self._open_account(priced)
         if budget is not None and budget.unit is not None:
             self.limit = self.macs if budget.unit == "macs" else self._open_account(_limit_table(model, x))
@@ -185,7 +196,7 @@ class Walk:
 
     def images(self) -> int:
         """How many images are still on their way."""
-        return len(self.x)
+        return self.x.shape[0]
 
     def to_exit(self, index: int) -> None:
         """Run the units up to exit `index`."""

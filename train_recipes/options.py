@@ -21,6 +21,11 @@ PREFIXES = ("skipnet_", "iadi_", "ddi_")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # What may differ when a run is resumed: it does not change the numbers.
 FREE = ("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain")
+POSITIVE = ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size", "max_steps", "image_size")
+NOT_NEGATIVE = (
+    *("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy", "seed", "workers", "threads"),
+    "checkpoint_every",
+)
 
 
 @dataclass(frozen=True)
@@ -148,11 +153,11 @@ def _check(found: Settings, prefix: str) -> None:
         share = getattr(found, name)
         if share is not None and not 0 < share <= 1:
             raise RunError(f"--{name} must be a share of the dense cost in (0, 1]; found {share}")
-    for name in ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size"):
-        if getattr(found, name) <= 0:
+    for name in POSITIVE:
+        if getattr(found, name) is not None and getattr(found, name) <= 0:
             raise RunError(f"--{name.replace('_', '-')} must be above 0; found {getattr(found, name)}")
-    for name in ("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy"):
-        if getattr(found, name) < 0:
+    for name in NOT_NEGATIVE:
+        if getattr(found, name) is not None and getattr(found, name) < 0:
             raise RunError(f"--{name.replace('_', '-')} must be 0 or above; found {getattr(found, name)}")
     if found.shut is not None and not 0 <= found.shut < 1:
         raise RunError(f"--shut must be a share of the images in [0, 1); found {found.shut}")

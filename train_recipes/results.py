@@ -21,7 +21,7 @@ from images import LARGEST_IN_MEMORY, Data
 from options import Settings
 from processes import seed_everything
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
-from stages import add_exits, add_layer_gates
+from stages import add_exits, add_layer_gates, fix_policy
 from timm_dynamic.budgets import set_price
 from timm_dynamic.calibration import meet_cost
 from timm_dynamic.configs import EnergyConfig
@@ -91,7 +91,12 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
         td.cost_table(model, data.input_size)
     except ValueError as error:
         raise RunError(f"--model {settings.model}: {error}") from error
-    for wanted, add in ((settings.exits_after is not None, add_exits), (settings.certainty, add_layer_gates)):
+    policy = settings.policy is not None and settings.start is None
+    for wanted, add in (
+        (settings.exits_after is not None, add_exits),
+        (settings.certainty, add_layer_gates),
+        (policy, fix_policy),
+    ):
         if wanted:
             with torch.random.fork_rng():
                 add(copy.deepcopy(model), settings)  # so that what is wrong there is said before training

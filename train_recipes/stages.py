@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -148,6 +149,8 @@ class Stage:
             raise RunError(f"{self.name}.{key} needs a number; found {value!r}") from error
         if key == "until" and self.until is None:
             raise RunError(f"stage {self.name} has nothing to reach; found {self.name}.until={value}")
+        if not all(map(math.isfinite, parsed if isinstance(parsed, tuple) else [] if key == "schedule" else [parsed])):
+            raise RunError(f"{self.name}.{key} must be finite; found {value}")
         if key in ("clip", "epochs", "iterations") and parsed < 0:
             raise RunError(f"{self.name}.{key} must be 0 or above; found {value}")
         fresh: dict[str, Any] = {"iterations": None} if key == "epochs" else {}

@@ -63,6 +63,11 @@ def report(
         options = {"--beside": beside, "--held-out": held_out, "--target": target, "--study": study, "--images": images}
         _again(name, {**options, "--output": output, "--figures": figures, "--json": as_json})
         return
+    if target and held_out is None:
+        raise BadInput("--target needs --held-out: the training images to calibrate on")
+    for share in target or ():
+        if not 0 < share <= 1:
+            raise BadInput(f"--target must be a share of the dense MACs in (0, 1]; found {share}")
     from .analyses import Request, Wanted, analyse_named, run_folder
 
     path = output or (run_folder(name) or Path()) / PAGE

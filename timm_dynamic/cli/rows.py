@@ -143,6 +143,8 @@ def _unit_rows(table: CostTable) -> list[Row]:
             "channel_gate_macs": unit.channel_gate,
             "channel_gate_share": unit.channel_gate / unit.full,
             "skippable": unit.skippable,
+            "shut": unit.shut,
+            "open": unit.open,
             "channel_groups": [len(sizes) for sizes in unit.sizes],
             "cheapest": unit.cheapest,
             "dearest": unit.dearest,

@@ -125,7 +125,8 @@ def _unit_table(row: Row) -> Table:
         last = i + 1 == len(row["units"]) or row["units"][i + 1]["stage"] != unit["stage"]
         after = row["after_stage_macs"][unit["stage"]] if last else 0
         groups = [" + ".join(map(str, unit["channel_groups"]))] if grouped else []
-        runs = "yes" if unit["skippable"] else "always runs"
+        runs = "yes" if unit["skippable"] and not unit["open"] else "always runs"
+        runs = "shut for good" if unit["shut"] else runs
         add(unit["name"], unit["macs"], runs, *(_gate(unit, part) for part in gates), *groups, end=last and not after)
         if after:
             add(f"after stage {unit['stage'] + 1}", after)
