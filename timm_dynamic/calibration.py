@@ -74,7 +74,7 @@ def calibrate(model: Any, loader: Iterable[Any], fraction: float = 0.5, *, use: 
 
     Raises:
         ValueError: if there are too few images, a batch is of another form, the model lacks what is to be moved, or the
-            target cannot be met; thresholds are then what they were.
+            target cannot be met: the message names what can. The thresholds are then what they were.
     """
     positive("fraction", fraction)
     search = _Search(model, loader, use)
