@@ -32,7 +32,7 @@ def cifar(name: str = "ddi_resnet20_cifar", **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("channels", [False, {"init": "random"}, {"mode": "nested", "init": "random"}])
 def test_an_image_costs_the_same_energy_alone_in_a_batch_and_masked(channels: Any) -> None:
-    """Budgets are set to just what each image needs: the last digit decides."""
+    """Each exit's dearest way is the budget."""
     model = cifar(channel_gates=channels, layer_gates={"kind": "linear", "init": "random"})
     table = td.cost_table(model, SIZE, "energy_mj")
     for stop in table.exits:
@@ -43,6 +43,27 @@ def test_an_image_costs_the_same_energy_alone_in_a_batch_and_masked(channels: An
         assert torch.equal(td.decide(model, X).exit_index, together)
         td.set_execution(model, "skip")
         assert torch.equal(alone, together)
+
+
+def test_the_last_digit_of_an_images_energy_does_not_decide() -> None:
+    """Each budget is just what one of the images needs to go past the first exit: it goes, in any company."""
+    model = cifar(channel_gates=False, layer_gates={"kind": "linear", "init": "random"})
+    gate = model.layer_gates
+    with torch.no_grad():
+        gate.threshold.copy_(td.decide(model, X).layer_prob.median(0).values)  # images differ
+    table, keeps = td.cost_table(model, SIZE, "energy_mj"), td.decide(model, X).layer_keep.tolist()
+    assert len(set(map(tuple, keeps))) > 1
+    stop = table.exits[0].after
+    for i, keep in enumerate(keeps):
+        spent = table.stem
+        for unit, runs in zip(table.units[: stop + 1], [True, *keep], strict=False):
+            spent += unit.price_one(runs, None)
+        td.set_budget(model, energy_mj=spent + table.segment(1))
+        together, alone = td.decide(model, X).exit_index, td.decide(model, X[i : i + 1]).exit_index
+        masked = td.decide(td.set_execution(model, "masked"), X).exit_index
+        td.set_execution(model, "skip")
+        assert min(together[i], alone[0], masked[i]) >= 1
+        assert torch.equal(together, masked)
 
 
 def test_a_budget_of_the_dearest_way_lets_images_go_it() -> None:
@@ -120,14 +141,17 @@ def test_masked_and_skipping_are_finite_where_a_skipped_unit_is_not() -> None:
 
 @pytest.mark.parametrize("kind", ["basic", "dense"])
 def test_masked_gradients_in_eval_are_those_of_what_ran(kind: str) -> None:
-    model = td.set_execution(dynamic(kind, parts=("layer",)), "masked")
-    x = images(2).requires_grad_()
-    with td.force(model, layer_keep=0.5):
-        torch.manual_seed(1)
-        model(x).sum().backward()
-    assert x.grad is not None
-    assert x.grad.isfinite().all()
-    assert x.grad.abs().sum() > 0
+    model = dynamic(kind, parts=("layer",))
+    found = []
+    for execution in ("skip", "masked"):
+        x = images(2).requires_grad_()
+        with td.force(td.set_execution(model, execution), layer_keep=0.5):
+            torch.manual_seed(1)
+            model(x).sum().backward()
+        assert x.grad is not None
+        found.append(x.grad)
+    assert found[0].abs().sum() > 0
+    assert_near(found[1], found[0], 1e-3)
 
 
 def test_no_gradient_is_lost_under_autocast() -> None:

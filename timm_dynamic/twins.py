@@ -48,15 +48,16 @@ def as_timm(model: Any) -> Any:
 
 def _name_of(model: nn.Module) -> str:
     """The name by which torchvision makes a network of these layers."""
-    layers = _layers(model)
-    if type(model) not in {*ROOTS, *ROOTS.values()}:
+    classes = families.classes(model)
+    if type(model) not in {*ROOTS, *ROOTS.values()} or not classes:
         raise _changed(model)
+    layers, module = _layers(model), _module_of(model)
     for name in torchvision.models.list_models(module=torchvision.models):
         builder = torchvision.models.get_model_builder(name)
-        if builder.__module__ != _module_of(model) or not families.classes(model):
+        if builder.__module__ != module:
             continue
         with torch.device("meta"):
-            if _layers(builder(num_classes=families.classes(model))) == layers:
+            if _layers(builder(num_classes=classes)) == layers:
                 return name
     raise _changed(model)
 
