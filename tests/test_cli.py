@@ -145,7 +145,7 @@ def test_list_takes_wildcards_and_parts_of_names() -> None:
     part = {row["name"] for row in Ran("list", "densenet201", "--json", "--fast").json}
     assert part == {"skipnet_densenet201", "iadi_densenet201", "ddi_densenet201"}
     refused("no network matches 'vgg'", "list", "vgg")
-    refused("no network with trained weights matches", "list", "nothing", "--pretrained")
+    refused("no network with weights matches", "list", "nothing", "--pretrained")
 
 
 def test_list_as_a_table() -> None:

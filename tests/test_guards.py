@@ -263,6 +263,39 @@ def test_units_are_found_by_the_loader_that_calibrates() -> None:
     assert td.busy_units(model, [list(pairs[0])]) == td.busy_units(model, [X])
 
 
+@pytest.mark.parametrize("name", ["skipnet_resnet20_cifar", "iadi_densenet40_cifar"])
+def test_confidence_needs_exits(name: str) -> None:
+    model = td.set_budget(cifar(name), exit=0)  # the head: the only place where images leave
+    before = model.dynamic.budget
+    with pytest.raises(ValueError, match=f"confidence= needs an exit before the head; '{name}' has none"):
+        td.set_budget(model, confidence=0.9)
+    assert model.dynamic.budget == before
+
+
+class OwnForward(timm.models.ResNet):
+    """Someone's own network, under a name of timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+def test_a_network_with_a_forward_of_its_own_is_not_saved_as_timms(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t")
+    td.save_pretrained(model, tmp_path / "timms")
+    model.__class__ = OwnForward
+    with pytest.raises(ValueError, match="timm builds 'resnet10t' as a ResNet; found the class OwnForward of"):
+        td.save_pretrained(model, tmp_path / "own")
+    assert not list((tmp_path / "own").glob("*"))
+
+
+def test_an_optimised_copy_is_not_saved(tmp_path: Path) -> None:
+    for part in (False, "linear"):  # with and without gates whose weights are folded
+        fast = td.optimize_for_inference(cifar("ddi_resnet20_cifar", layer_gates=part))
+        with pytest.raises(ValueError, match="copy of optimize_for_inference cannot be saved"):
+            td.save_pretrained(fast, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # Command line --------------------------------------------------------------------------------------------------------
 
 
@@ -284,3 +317,36 @@ def test_a_reports_targets_are_not_ignored(more: list[str], tmp_path: Path) -> N
     answer = CliRunner().invoke(app, ["report", "skipnet_resnet20_cifar", "--data", str(tmp_path), *more])
     assert answer.exit_code == 2
     assert "--target" in answer.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["card", "skipnet_resnet38_cifar.cifar10_hrl", "-o"],
+        ["benchmark", "skipnet_resnet20_cifar", "--figure"],
+        ["export", "skipnet_resnet20_cifar", "--no-pretrained", "-o"],
+    ],
+)
+@pytest.mark.parametrize("place", ["none/file.onnx", "folder.onnx"])
+def test_where_a_file_cannot_go_is_said_before_the_work(
+    line: list[str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work was begun")
+
+    for name in ("benchmark.benchmark", "export.export_onnx"):
+        monkeypatch.setattr(f"timm_dynamic.cli.{name}", work)
+    monkeypatch.setattr("timm_dynamic.hub.card_of", work)
+    (tmp_path / "folder.onnx").mkdir()
+    answer = CliRunner().invoke(app, [*line, str(tmp_path / place)])
+    assert answer.exit_code == 2
+    wanted = f"no folder {tmp_path / 'none'}" if "none" in place else f"{tmp_path / place} is a folder"
+    assert wanted in " ".join(answer.output.split())
+
+
+def test_list_tells_trained_gates_from_a_bases_weights() -> None:
+    (row,) = json.loads(CliRunner().invoke(app, ["list", "iadi_resnet38_cifar", "--json"]).output)
+    assert (row["pretrained_tags"], row["trained_tags"]) == (["cifar10", "cifar10_iadi"], ["cifar10_iadi"])
+    shown = CliRunner().invoke(app, ["list", "iadi_resnet38_cifar"]).output
+    assert "cifar10_iadi*, cifar10 " in shown
+    assert "gates and exits are trained too" in shown

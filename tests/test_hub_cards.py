@@ -80,8 +80,8 @@ def test_a_name_without_a_tag_gets_the_default() -> None:
         (["skipnet_resnet5"], "no dynamic network"),
         (["skipnet_resnet50.none"], "no dynamic network"),
         (["hf-hub:org/name"], "no dynamic network"),
-        (["ddi_densenet40_cifar"], "no trained weights of densenet40_cifar"),
-        (["skipnet_resnet18", "-o", "/nowhere/card.md"], "No such file"),
+        (["ddi_densenet100_cifar"], "no trained weights of densenet100_cifar"),
+        (["skipnet_resnet18", "-o", "/nowhere/card.md"], "no folder /nowhere to write card.md to"),
     ],
 )
 def test_what_has_no_card_is_refused_in_one_line(args: list[str], message: str) -> None:

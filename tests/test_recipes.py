@@ -345,6 +345,12 @@ def test_a_checkpoint_of_another_model(whole: Path, tmp_path: Path) -> None:
         run(output, resume=True)
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"--output .*file/run cannot be written to: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").create({})
+
+
 def test_a_base_that_does_not_fit_or_is_cut_off(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds another model"):
         run(tmp_path / "a", base=str(whole))

@@ -105,6 +105,10 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
     _check_classes(model)
     if budget.confidence is not None and getattr(model, "num_classes", None) == 1:
         raise ValueError("confidence= needs two classes or more: of one every image is sure; found num_classes=1")
+    if budget.confidence is not None and exits == 1:
+        raise ValueError(
+            f"confidence= needs an exit before the head; {families.model_name(model)!r} has none: add_exits adds them"
+        )
     if budget.exit is not None and budget.exit >= exits:
         raise ValueError(f"exit must be in 0..{exits - 1} for {families.model_name(model)!r}; found {budget.exit}")
     if table is not None and budget.unit not in ("latency_ms", "energy_mj"):

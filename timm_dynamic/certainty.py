@@ -33,8 +33,9 @@ def certainty(model: Any, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], 1, dtype=torch.float32)
     with torch.no_grad():
         probs = torch.softmax(families.family(model).head(model, x).float(), 1)
+    if torch.is_grad_enabled():
         forget_casts()
-        return torch.logit(probs.amax(1, keepdim=True), 1 - MOST) / logit(MOST)
+    return torch.logit(probs.amax(1, keepdim=True), 1 - MOST) / logit(MOST)
 
 
 def ask_layer_gate(model: Any, index: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

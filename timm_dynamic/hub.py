@@ -37,7 +37,7 @@ from .gates import PARTS
 from .measure import cost_table
 from .safety import CONFIG, WEIGHTS
 from .shipped import config_of, folder_of
-from .twins import as_timm, is_torchvision
+from .twins import as_timm, is_torchvision, parts_of
 from .version import __version__
 
 CARD = "README.md"
@@ -124,14 +124,18 @@ def _save(model: nn.Module, folder: Path, metrics: Mapping[str, Any] | None, sou
     if is_torchvision(model):
         model = as_timm(model)
     if not isinstance(getattr(model, "pretrained_cfg", None), dict) or not timm.is_model(base_name(model)):
-        raise ValueError(f"only models of timm and torchvision can be saved; found {type(model).__name__}")
+        raise ValueError(
+            f"only models of timm, and ResNets and DenseNets of torchvision, can be saved; found {type(model).__name__}"
+        )
+    if getattr(getattr(model, "dynamic", None), "slices", None) is not None:
+        raise ValueError("a copy of optimize_for_inference cannot be saved: save the network that it was made from")
     _check_metrics(metrics)
     tensors = _tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         inside = Path(temporary)
         config = _config(model, inside / CONFIG, metrics)
-        _check_rebuilds(config, tensors)
+        _check_rebuilds(model, config, tensors)
         (inside / CONFIG).write_text(config_text(config), encoding="utf-8")
         card = model_card(model, config["architecture"], base_name(model), source, metrics)
         (inside / CARD).write_text(card, encoding="utf-8")
@@ -192,8 +196,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _parts(model: Any) -> dict[str, Any]:
-    """The arguments that make a model's parts: a dict each, False for those it has not."""
-    parts = {part: getattr(model, part).config.to_dict() if hasattr(model, part) else False for part in PARTS}
+    """The arguments that make a model's parts and budget: a dict each, False for those it has not."""
     budget = model.dynamic.budget if hasattr(model, "dynamic") else None
     if budget is not None and budget.energy_mj is not None:
         limit = model.dynamic.limit
@@ -202,7 +205,7 @@ def _parts(model: Any) -> dict[str, Any]:
                 "a budget in millijoules by another table than the default one cannot be saved: lift it by "
                 "set_budget(model), and set it again after loading"
             )
-    return {**parts, "budget": budget.to_dict() if budget is not None else False}
+    return {**parts_of(model), "budget": budget.to_dict() if budget is not None else False}
 
 
 def _config(model: Any, path: Path, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -227,11 +230,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def _check_rebuilds(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless timm, given the config, builds a model for these tensors."""
+def _check_rebuilds(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless timm, given the config, builds a model of this class for these tensors."""
     arguments = {key: value for key, value in config["model_args"].items() if key != "budget"}
     with torch.device("meta"):
-        again = timm.create_model(config["architecture"], **arguments).state_dict()
+        twin = timm.create_model(config["architecture"], **arguments)
+    if type(twin) is not type(model):
+        raise ValueError(
+            f"timm builds {config['architecture']!r} as a {type(twin).__name__}; found the class "
+            f"{type(model).__qualname__} of {type(model).__module__}: save its state_dict() instead"
+        )
+    again = twin.state_dict()
     changed = sorted({k for k in (*again, *tensors) if k not in again or k not in tensors})
     changed = changed or [name for name, tensor in tensors.items() if tensor.shape != again[name].shape]
     if changed:

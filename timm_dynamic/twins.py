@@ -19,6 +19,11 @@ def is_torchvision(model: nn.Module) -> bool:
     return isinstance(model, (families.TorchvisionResNet, families.TorchvisionDenseNet))
 
 
+def parts_of(model: Any) -> dict[str, Any]:
+    """The arguments that make a model's gates and exits: a dict each, False for those it has not."""
+    return {part: getattr(model, part).config.to_dict() if hasattr(model, part) else False for part in PARTS}
+
+
 def as_timm(model: Any) -> Any:
     """The timm network that computes what one of torchvision does: its weights, gates, exits and budget.
 
@@ -31,7 +36,7 @@ def as_timm(model: Any) -> Any:
     Raises:
         ValueError: if it is none of torchvision's named networks, or was changed since it was made.
     """
-    parts = {part: getattr(model, part).config.to_dict() if hasattr(model, part) else False for part in PARTS}
+    parts = parts_of(model)
     name, more = _name_of(model), {"num_classes": families.classes(model)}
     if any(parts.values()):
         name, more = f"ddi_{name}", {**more, **parts}

@@ -93,9 +93,12 @@ class RunFolder:
 
     def create(self, settings: dict[str, Any]) -> None:
         """Make the folder and write the settings."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not (self.root / SETTINGS).exists():
-            write_json(self.root / SETTINGS, settings)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not (self.root / SETTINGS).exists():
+                write_json(self.root / SETTINGS, settings)
+        except OSError as error:
+            raise RunError(f"--output {self.root} cannot be written to: {error.strerror or error}") from error
 
     # Metrics ---------------------------------------------------------------------------------------------------------
 

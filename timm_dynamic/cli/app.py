@@ -10,7 +10,7 @@ import typer
 from ..version import __version__
 from . import tables
 from .demo import demo
-from .errors import BadInput, CommandError
+from .errors import BadInput, CommandError, check_place
 from .evaluate import evaluate
 from .options import (
     ChannelMode,
@@ -76,7 +76,9 @@ def list_networks(
     pattern: Annotated[
         str | None, typer.Argument(help="Wildcard such as 'ddi_resnet*', or a part of the name; default: all.")
     ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only networks with trained weights.")] = False,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Only networks with weights, be they the base's.")
+    ] = False,
     count: Annotated[
         bool | None,
         typer.Option(
@@ -86,7 +88,7 @@ def list_networks(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the dynamic networks: base, gates, exits, size and trained weights.
+    """List the dynamic networks: base, gates, exits, size and weights.
 
     GMACs are those of the dense network at its own input size.
     """
@@ -228,6 +230,7 @@ def benchmark(
         }
         if budgets and (train or figure is not None):
             raise BadInput("--budgets goes without --train and --figure")
+        check_place(figure)
         rounds = 100 if budgets and rounds is None else rounds
         given |= {"rounds": rounds, "threads": threads, "dtype": dtype, "device": device}
         config = bench.settings(batch_sizes=sizes, keeps=keep, **given)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class CommandError(Exception):
@@ -39,3 +40,15 @@ def bad_input(*kinds: type[Exception], about: str = "") -> Iterator[None]:
         yield
     except caught as error:
         raise BadInput(f"{about}: {one_line(error)}" if about else one_line(error)) from error
+
+
+def check_place(path: Path | None) -> None:
+    """Whether a file can be put there, asked before the work that it is to hold.
+
+    Raises:
+        BadInput: if there is no such folder, or the path is one.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise BadInput(f"no folder {path.parent} to write {path.name} to")
+    if path is not None and path.is_dir():
+        raise BadInput(f"{path} is a folder: the name of a file is needed")

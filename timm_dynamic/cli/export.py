@@ -14,7 +14,7 @@ from ..counting import count_macs
 from ..onnx import INPUT, OUTPUTS
 from ..onnx_graph import OPSET, need
 from ..walk import Dynamic
-from .errors import Failed, bad_input, one_line
+from .errors import Failed, bad_input, check_place, one_line
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest if that is above 1
 Row = dict[str, Any]
@@ -35,6 +35,7 @@ def export(
         BadInput: if the model cannot be exported, or not to there.
         Failed: if a package is missing.
     """
+    check_place(path)
     try:
         with bad_input(ValueError, OSError):
             export_onnx(model, path, size, dynamic_batch)

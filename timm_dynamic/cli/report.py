@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import BadInput, bad_input
+from .errors import BadInput, bad_input, check_place
 from .options import Device
 
 PAGE = "report.html"
@@ -71,8 +71,7 @@ def report(
     from .analyses import Request, Wanted, analyse_named, run_folder
 
     path = output or (run_folder(name) or Path()) / PAGE
-    if not path.parent.is_dir():
-        raise BadInput(f"no folder {path.parent} to write {path.name} to")
+    check_place(path)
     if figures is not None and figures.exists() and not figures.is_dir():
         raise BadInput(f"--figures must name a folder; found the file {figures}")
     request = Request(name, data, split, batch_size, workers, device, threads)

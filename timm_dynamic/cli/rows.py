@@ -15,6 +15,7 @@ from ..budgets import default_input_size
 from ..evaluation import collect, compare, summarise
 from ..gates import gates_choose
 from ..registry import METHODS
+from ..shipped import names as shipped
 from ..walk import table_for
 from .errors import BadInput, bad_input
 from .models import load_shapes, split_name
@@ -25,11 +26,11 @@ Row = dict[str, Any]
 
 
 def names(pattern: str | None, pretrained: bool) -> dict[str, list[str]]:
-    """The networks of this package, each with the tags of its trained weights.
+    """The networks of this package, each with the tags of its weights.
 
     Args:
         pattern: a wildcard (`ddi_resnet*`), or a part of the name; None for all.
-        pretrained: only those with trained weights.
+        pretrained: only those with weights, be they the base's.
 
     Raises:
         BadInput: if there are none.
@@ -47,7 +48,7 @@ def names(pattern: str | None, pretrained: bool) -> dict[str, list[str]]:
     if pretrained:
         found = {name: tags for name, tags in found.items() if tags}
     if not found:
-        which = "no network with trained weights" if pretrained else "no network"
+        which = "no network with weights" if pretrained else "no network"
         raise BadInput(f"{which} matches {pattern!r}" if pattern else "there is " + which)
     return found
 
@@ -57,7 +58,7 @@ def list_row(name: str, tags: list[str], count: bool) -> Row:
 
     Args:
         name: of the network.
-        tags: of its trained weights.
+        tags: of its weights.
         count: whether to build it (without weights) to count parameters, MACs and exits, which takes time.
     """
     method, base = split_name(name)
@@ -73,6 +74,7 @@ def list_row(name: str, tags: list[str], count: bool) -> Row:
         "macs": None,
         "input_size": None,
         "pretrained_tags": tags,
+        "trained_tags": [tag for tag in tags if method is None or f"{name}.{tag}" in shipped()],
     }
     if count:
         model = load_shapes(name)

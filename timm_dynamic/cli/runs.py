@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..safety import WEIGHTS
-from .errors import BadInput, Failed, bad_input, one_line
+from .errors import BadInput, Failed, bad_input, check_place, one_line
 
 RESULTS = ("dense", "dynamic", "exits", "budgets", "dataset")  # of summary.json, as `push_to_hub` takes them
 
@@ -91,6 +91,7 @@ def card(name: str, output: Path | None) -> str:
     """
     from ..hub import card_of
 
+    check_place(output)
     with bad_input(ValueError, OSError):
         text = card_of(name) + "\n"
         if output is not None:

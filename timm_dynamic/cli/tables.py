@@ -57,7 +57,9 @@ def _table(*columns: str, left: int = 1, title: str | None = None) -> Table:
 
 def print_list(rows: Sequence[Row]) -> None:
     """The networks, one in each line."""
-    table = _table("name", "base", "gates", "exits", "params", "GMACs", "trained weights", left=3)
+    table = _table("name", "base", "gates", "exits", "params", "GMACs", "weights", left=3)
+    table.caption = "* gates and exits are trained too; other weights are the base's, gates open"
+    table.caption_justify = "left"
     table.columns[-1].justify = "left"
     for row in rows:
         counted = row["params"] is not None
@@ -69,7 +71,7 @@ def print_list(rows: Sequence[Row]) -> None:
             str(exits or "-"),
             f"{row['params'] / 1e6:.2f} M" if counted else "",
             f"{row['macs'] / 1e9:.3f}" if counted else "",
-            _tags(row["pretrained_tags"]),
+            _tags(row),
         )
     console().print(table)
 
@@ -80,7 +82,9 @@ def gates_of(row: Row) -> str:
     return ", ".join(f"{where} ({kind})" for where, kind in kinds if kind)
 
 
-def _tags(tags: Sequence[str]) -> str:
+def _tags(row: Row) -> str:
+    own = row["trained_tags"] if row["base"] != row["name"] else ()
+    tags = [*(f"{tag}*" for tag in own), *(tag for tag in row["pretrained_tags"] if tag not in own)]
     more = f" and {len(tags) - MOST_TAGS} more" if len(tags) > MOST_TAGS else ""
     return ", ".join(tags[:MOST_TAGS]) + more
 
