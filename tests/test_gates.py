@@ -11,10 +11,10 @@ from nets import LAYER_KINDS, MODES, assert_near, decide, dynamic, images, rando
 from torch import Tensor, nn
 
 import timm_dynamic as td
+from timm_dynamic.channel_gates import group_sizes
 from timm_dynamic.gates import (
     GateSite,
     gate_width,
-    group_sizes,
     make_layer_gates,
     straight_through,
     widen,

@@ -15,7 +15,7 @@ RECIPES = PACKAGE.parent / "train_recipes"
 # Each module imports from those before it only. "" is the package itself, timm_dynamic/__init__.py.
 ORDER = [
     *("version", "configs", "safety", "shipped", "modes"),
-    *("losses", "gates", "exits", "cifar", "opaque", "families", "certainty", "units", "costs"),
+    *("losses", "gates", "channel_gates", "exits", "cifar", "opaque", "families", "certainty", "units", "costs"),
     *("counting", "forcing", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration"),
     *("spreading", "settling"),
     *("tasks", "reinforcement", "hindsight"),

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import families
+from .channel_gates import ChannelGates
 from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, positive, ratio
 from .exits import ExitHead, Exits
 from .forcing import Forced
-from .gates import PARTS, ChannelGates, GateSite, make_layer_gates
+from .gates import PARTS, GateSite, make_layer_gates
 from .roots import ROOTS
 from .walk import Dynamic, dynamic_of
 
