@@ -399,7 +399,7 @@ def refused(message: str, shop: Shop, order: ship.Order) -> None:
 def test_refusals_leave_everything_as_it_was(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = shop.root.parent / "runs" / DDI
     refused("no folder", shop, shop.order(tmp_path / "none", DDI))
-    refused("--tag must be words", shop, ship.Order(own, "A tag", shop.data, COMMAND))
+    refused("--tag must be words", shop, ship.Order(own, "A tag", shop.data, COMMAND, "three colours"))
     refused("no folder with classes .*test", shop, shop.order(own, DDI, split="test"))
     refused("1 to 59 can be held out; found 900", shop, shop.order(own, DDI, holdout=900))
     stock = randomise(timm.create_model("resnet18", num_classes=3)).eval()
@@ -419,7 +419,7 @@ def test_refusals_leave_everything_as_it_was(shop: Shop, tmp_path: Path, monkeyp
 
 
 def test_the_recipe_takes_its_options(shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given = ["runs/ddi", "--tag", "cifar10", "--data", "cifar", "--command", COMMAND]
+    given = ["runs/ddi", "--tag", "cifar10", "--data", "cifar", "--dataset-name", "CIFAR-10", "--command", COMMAND]
     orders: list[Any] = []
     monkeypatch.setattr(ship, "ship", lambda *args: orders.append(args) or ["done"])
     recipe = typer.Typer()
@@ -439,7 +439,7 @@ def test_the_recipe_takes_its_options(shop: Shop, monkeypatch: pytest.MonkeyPatc
     ]
     for options in ([], more):
         assert CliRunner().invoke(recipe, [*given, *options]).stdout == "done\n"
-    wanted = ship.Order(Path("runs/ddi"), "cifar10", Path("cifar"), COMMAND)
+    wanted = ship.Order(Path("runs/ddi"), "cifar10", Path("cifar"), COMMAND, "CIFAR-10")
     assert orders[0] == (wanted, ROOT)
     changes: dict[str, Any] = {"holdout": 5000, "targets": (0.4, 0.6), "seed": 3, "half": False}
     assert orders[1] == (dataclasses.replace(wanted, **changes), tmp_path)

@@ -1,6 +1,6 @@
 """Ship a trained model with the package: weights in half precision, config and card, measured as users measure it.
 
-    python train_recipes/ship.py RUN --tag cifar10_hrl --data DIR --command "accelerate launch ..."
+    python train_recipes/ship.py RUN --tag cifar10_hrl --data DIR --dataset-name CIFAR-10 --command "accelerate ..."
 
 writes timm_dynamic/weights/NAME.TAG and hub_cards/NAME.TAG.md. Nothing is written before everything is measured.
 """
@@ -59,7 +59,7 @@ class Order:
     tag: str
     data: Path
     command: str
-    dataset: str = "CIFAR-10 (JPEG)"
+    dataset: str
     split: str = "val"
     seed: int | None = None
     holdout: int | None = None
@@ -309,7 +309,7 @@ def main(
     tag: Annotated[str, typer.Option(help="What the weights are, such as cifar10_hrl.")],
     data: Annotated[Path, typer.Option(help="Folder of images to measure on, as `timm-dynamic evaluate` takes it.")],
     command: Annotated[str, typer.Option(help="The exact command that trained it, for the card.")],
-    dataset_name: Annotated[str, typer.Option(help="What the card calls the data.")] = Order.dataset,
+    dataset_name: Annotated[str, typer.Option(help="What the card calls the data, such as 'CIFAR-10 (JPEG)'.")],
     split: Annotated[str, typer.Option(help="Folder in --data that is measured on.")] = Order.split,
     seed: Annotated[int | None, typer.Option(help="Of the training. Default: what the run's settings say.")] = None,
     holdout: Annotated[
