@@ -285,7 +285,7 @@ def test_predict_of_a_plain_network_and_imagenet_names(data: Path) -> None:
 
 
 def test_predict_of_a_network_with_one_input_channel(data: Path, tmp_path: Path) -> None:
-    save_pretrained(timm.create_model("skipnet_densenet40_cifar", in_chans=1), tmp_path)
+    save_pretrained(timm.create_model("skipnet_densenet100_cifar", in_chans=1), tmp_path)
     (row,) = Ran("predict", f"local-dir:{tmp_path}", data / "val" / "cat" / "0.png", "--json").json
     assert [guess["label"] for guess in row["top"]] == [None] * 5
 
@@ -296,7 +296,7 @@ def test_predict_refuses_in_one_line(saved: Path, data: Path) -> None:
     refused("exit must be in 0..2", "predict", name, image, "--exit", 3)
     refused("the smallest budget possible", "predict", name, image, "--budget-fraction", 0.01)
     refused("confidence must be a number in 0..1", "predict", name, image, "--confidence", 2)
-    refused("give --no-pretrained", "predict", "skipnet_densenet40_cifar", image)
+    refused("give --no-pretrained", "predict", "skipnet_densenet100_cifar", image)
     refused("the Hub cannot be reached", "predict", "skipnet_resnet18.a1_in1k", image, code=1)
     assert Ran("predict", name).code == 2
 
