@@ -32,6 +32,7 @@ import options  # noqa: E402
 import results  # noqa: E402
 import skipnet  # noqa: E402
 import timm_dynamic as td  # noqa: E402
+import trainer  # noqa: E402
 from planning import planned  # noqa: E402
 from run_folder import RunError, RunFolder  # noqa: E402
 from stages import Stage, base_task  # noqa: E402
@@ -562,7 +563,7 @@ def test_layer_gates_start_spread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], wanted: bool
 ) -> None:
     called = []
-    monkeypatch.setattr(loop, "spread_gates", lambda model, images, size: called.append((len(images), size)))
+    monkeypatch.setattr(trainer, "spread_gates", lambda model, images, size: called.append((len(images), size)))
     run(tmp_path / "run", stages=skipnet.METHODS["sp"], method="sp", recipe="skipnet", **changes)
     assert called == ([(256, 0.5)] if wanted else [])
 
