@@ -27,9 +27,9 @@ def _model() -> nn.Module:
     return model
 
 
-def _images(count: int, seed: int) -> Batches:
+def _images(count: int, seed: int, size: int = 32) -> Batches:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, 3, 32, 32, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 3
+    x = torch.randn(count, 3, size, size, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 3
     y = torch.randint(0, 10, (count,), generator=generator)
     return list(zip(x.split(64), y.split(64), strict=True))
 
@@ -37,7 +37,7 @@ def _images(count: int, seed: int) -> Batches:
 def _share(model: nn.Module, images: Batches) -> float:
     """Mean MACs of images as a share of the stock model's."""
     macs = torch.cat([td.decide(model, x).macs for x, _ in images]).double()
-    return (macs.mean() / td.cost_table(model, (3, 32, 32)).dense).item()
+    return (macs.mean() / td.cost_table(model, tuple(images[0][0].shape[1:])).dense).item()
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
@@ -151,15 +151,15 @@ def test_needs_the_parts_that_it_moves() -> None:
 
 
 def test_a_cost_is_met_without_labels() -> None:
-    """On other images of the same kind within 2 points; what cannot be met is come as near to as can be."""
+    """On other images of the same kind within 4 points; what cannot be met is come as near to as can be."""
     model = _model()
     del model.exits
-    known, other = [x for x, _ in _images(256, 1)], _images(256, 2)
+    known, other = [x for x, _ in _images(256, 1, 16)], _images(256, 2, 16)
     for wanted in (0.4, 0.6, 0.8):
         met = meet_cost(model, known, wanted, agreement=0.0)
         assert abs(met - wanted) < 0.01
         with torch.no_grad():
-            assert abs(_share(model, other) - wanted) < 0.02
+            assert abs(_share(model, other) - wanted) < 0.04
     before = model.layer_gates.threshold.clone()
     assert meet_cost(model, known, met) == met
     assert torch.equal(model.layer_gates.threshold, before), "no other threshold was nearer"
