@@ -30,6 +30,7 @@ from timm.models.densenet import DenseNet
 from torch import nn
 
 import timm_dynamic as td
+from timm_dynamic import families
 
 SMALL = (3, 40, 40)
 
@@ -285,3 +286,27 @@ def test_checkpointing_gives_the_same_gradients(kind: str) -> None:
         assert (one is None) == (other is None)
         if one is not None:
             assert_near(one, other)
+
+
+@pytest.mark.parametrize("kind", [*FEW, "cifar_dense", "tv_dense"])
+def test_checkpointing_keeps_less_for_the_gradients(kind: str) -> None:
+    """Of dense layers too, which are told one by one: torchvision's by `memory_efficient`."""
+    kept = []
+    for saving in (False, True):
+        model = dynamic(kind).train()
+        if saving and kind == "tv_dense":
+            for unit in families.units(model):
+                unit.module.memory_efficient = True
+        elif saving:
+            model.set_grad_checkpointing(True)
+        size = 0
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model(images(4))
+        kept.append(size)
+    assert kept[1] < 0.85 * kept[0]

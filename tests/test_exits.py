@@ -148,3 +148,19 @@ def test_confident_takes_the_largest_probability() -> None:
 def test_errors_name_the_model() -> None:
     with pytest.raises(ValueError, match=re.escape("'resnet18'")):
         td.add_exits(stock("basic"), {"after": ["stage1"]})
+
+
+def test_confidences_that_are_copied_in_place_hold_at_once() -> None:
+    """As an average of weights copies them, without `load_state_dict`."""
+    model, other = (timm.create_model("ddi_resnet20_cifar") for _ in range(2))
+    model.exits.set_confidence([0.0, 0.0])
+    average = timm.utils.ModelEmaV3(other)
+    assert average.module.exits.levels == (2.0, 2.0)
+    average.set(model)
+    assert average.module.exits.levels == (0.0, 0.0)
+    assert average.module.exits.calibrated
+    x = images(4, 32)
+    assert (td.decide(average.module.eval(), x).exit_index == 0).all()
+    with torch.inference_mode():
+        model.exits.confidence.fill_(0.5)
+    assert model.exits.levels == (0.5, 0.5)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from nets import assert_near, decide, dynamic, images, randomise
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -350,3 +351,71 @@ def test_list_tells_trained_gates_from_a_bases_weights() -> None:
     shown = CliRunner().invoke(app, ["list", "iadi_resnet38_cifar"]).output
     assert "cifar10_iadi*, cifar10 " in shown
     assert "gates and exits are trained too" in shown
+
+
+# Budgets that came with weights, and classes -------------------------------------------------------------------------
+
+
+def saved_with(folder: Path, **budget: Any) -> str:
+    td.save_pretrained(td.set_budget(cifar(), **budget), folder)
+    return f"local-dir:{folder}"
+
+
+def test_a_saved_budget_that_does_not_suit_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sure = saved_with(tmp_path / "sure", confidence=0.8)
+    tight = saved_with(tmp_path / "tight", macs=td.cost_table(cifar(), SIZE).exits[0].dearest)
+    slow = saved_with(tmp_path / "slow", energy_mj=1e9)
+    config = json.loads((tmp_path / "slow" / "config.json").read_text())
+    config["model_args"]["budget"] |= {"energy_mj": None, "latency_ms": 1e-6}
+    (tmp_path / "slow" / "config.json").write_text(json.dumps(config))
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (sure, {"exits": False}),
+        (sure, {"num_classes": 1}),
+        (sure, {"layer_gates": False, "channel_gates": False, "exits": False}),
+        (tight, {"num_classes": 1000}),
+        (slow, {}),
+    ]
+    for name, changes in cases:
+        caplog.clear()
+        model = timm.create_model(name, pretrained=True, **changes)
+        assert "is left out" in caplog.text
+        assert getattr(getattr(model, "dynamic", None), "budget", None) is None
+    assert timm.create_model(sure, pretrained=True).dynamic.budget.confidence == 0.8
+    with pytest.raises(ValueError, match="too small"):
+        timm.create_model(sure, pretrained=True, budget={"macs": 1})
+
+
+def test_milliseconds_are_of_the_machine_and_precision_that_they_were_measured_on() -> None:
+    model = td.set_budget(cifar(), latency_ms=1e6)
+    model(X)
+    td.optimize_for_inference(model)(X)
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"of another machine: .*float32.*; found .*bfloat16"):
+        model(X.bfloat16())
+
+
+def test_a_torchvision_name_takes_a_budget() -> None:
+    model = torchvision.models.get_model("ddi_resnet18", budget={"fraction": 0.9}, num_classes=10)
+    assert model.dynamic.budget.fraction == 0.9
+
+
+def test_a_classifier_put_there_by_hand_is_refused_where_images_leave_early() -> None:
+    model = cifar()
+    batches = [(torch.cat([X] * 16), torch.zeros(64, dtype=torch.int64))]
+    model.fc = nn.Linear(model.fc.in_features, 5)
+    with pytest.raises(ValueError, match="the exits must know the 5 classes of the head; found 10"):
+        td.calibrate(model, batches, 0.5)
+    model.exits.set_confidence([0.1, 0.1])
+    with pytest.raises(ValueError, match="the exits must know the 5 classes"):
+        model(X)
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_nobody_leaves_by_confidence_without_classes_to_choose_from(classes: int) -> None:
+    model = cifar(num_classes=classes)
+    batches = [(torch.cat([X] * 16), torch.zeros(64, dtype=torch.int64))]
+    with pytest.raises(ValueError, match=f"two classes or more.*found num_classes={classes}"):
+        td.calibrate(model, batches, 0.5)
+    other = td.set_budget(cifar(), confidence=0.9)
+    other.reset_classifier(classes)
+    assert (td.decide(other, X).exit_index == len(other.exits)).all()

@@ -523,6 +523,20 @@ def test_a_card_written_by_hand_is_kept(server: FakeHub, online: Client) -> None
     assert branch_of(server, "org/card")["model.safetensors"] != mine["model.safetensors"]
 
 
+def test_a_card_that_could_not_be_asked_for_is_kept(server: FakeHub, online: Client) -> None:
+    """A Hub that does not answer has not said that there is no card."""
+    online(push, "org/unheard")
+    mine = {**branch_of(server, "org/unheard"), "README.md": b"# Mine\n"}
+    server.repos["org/unheard"].commit(mine, "main")
+    server.broken = "/org/unheard/resolve/"
+    try:
+        with pytest.raises(hub.HubError):
+            online(push, "org/unheard", seed=1)
+    finally:
+        server.broken = ""
+    assert branch_of(server, "org/unheard") == mine
+
+
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [

@@ -1,5 +1,6 @@
 """Exported networks give what PyTorch gives, and leave out what is skipped."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -383,3 +384,12 @@ def test_wrong_use_of_the_runner(file: Path) -> None:
         run(np.zeros((1, 3, 32, 31), np.float32))
     with pytest.raises(ValueError, match="shape"):
         run(np.zeros((0, *INPUT), np.float32))
+
+
+def test_a_network_in_half_precision_is_folded_in_full(file: Path) -> None:
+    """The file gives what the same weights give in float32."""
+    model = dynamic("basic").to(torch.bfloat16)
+    td.export_onnx(model, file, INPUT)
+    full = decide(copy.deepcopy(model).float(), images(2, SIZE)).logits
+    found = run_file(file, images(2, SIZE).numpy())[0]
+    np.testing.assert_allclose(found, full.detach().numpy(), rtol=0, atol=1e-4 * max(1.0, full.abs().max().item()))

@@ -7,9 +7,9 @@ import torch
 
 from . import families
 from .configs import BudgetConfig
-from .costs import CostTable
-from .leaving import allowance
-from .measure import cost_table, machine_name
+from .costs import CostTable, machine_name
+from .leaving import allowance, check_classes
+from .measure import cost_table
 from .walk import dynamic_of, table_for
 
 
@@ -102,7 +102,7 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
     exits = len(counted.exits)
     if getattr(model, "num_classes", None) == 0:
         raise ValueError(f"a budget needs a model that classifies; {families.model_name(model)!r} has num_classes=0")
-    _check_classes(model)
+    check_classes(model)
     if budget.confidence is not None and getattr(model, "num_classes", None) == 1:
         raise ValueError("confidence= needs two classes or more: of one every image is sure; found num_classes=1")
     if budget.confidence is not None and exits == 1:
@@ -122,17 +122,6 @@ def check_budget(model: Any, budget: BudgetConfig, table: CostTable | None = Non
     limit = limit.settled_as(counted)
     allowance(budget, limit, None)
     return limit
-
-
-def _check_classes(model: Any) -> None:
-    """Whether the exits know the classes of the model's own head, which may have been put there by hand."""
-    head = families.classes(model)
-    for exit in model.exits.heads if hasattr(model, "exits") else ():
-        if getattr(exit.fc, "out_features", 0) != head:
-            raise ValueError(
-                f"the exits must know the {head} classes of the head; found {getattr(exit.fc, 'out_features', 0)}: "
-                "give the network its classifier before add_exits, or by reset_classifier"
-            )
 
 
 def _check_table(model: Any, table: CostTable, counted: CostTable, unit: str) -> None:

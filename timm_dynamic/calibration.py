@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import families
 from .configs import one_of, positive
 from .exits import NEVER
 from .gates import gate_parts, gates_choose
+from .leaving import check_classes
 from .modes import modes_kept
 from .walk import Log, Walk, dynamic_of, table_for
 
@@ -129,6 +131,11 @@ def _movable(model: Any, use: str) -> tuple[bool, bool]:
     exits = use != "gates" and hasattr(model, "exits")
     if not gates and not exits:
         raise ValueError(f"calibrate(use={use!r}) needs a model with such parts, not all settled; found none")
+    if exits:
+        check_classes(model)
+        if families.classes(model) < 2:
+            found = families.classes(model)
+            raise ValueError(f"confidences need two classes or more, to leave by; found num_classes={found}")
     return gates, exits
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -351,3 +352,16 @@ def assembled(table: CostTable, heads: Sequence[Any]) -> CostTable:
             low, high, dense = low + cost, high + cost, dense + cost
     last = replace(table.exits[-1], head=heads[-1], cheapest=low + heads[-1], dearest=high + heads[-1])
     return replace(table, dense=dense + heads[-1], exits=(*stops, last))
+
+
+OPTIMISED = ", optimised"
+
+
+def machine_name(model: nn.Module) -> str:
+    """What a latency depends on beside the model: processor or GPU, threads, torch, precision, optimised or not."""
+    like = next(model.parameters())
+    optimised = getattr(getattr(model, "dynamic", None), "origin", None) is not None
+    how = f"torch {torch.__version__}, {str(like.dtype).removeprefix('torch.')}" + (OPTIMISED if optimised else "")
+    if like.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(like.device)}, {how}"
+    return f"{platform.machine()} {platform.processor()}, {torch.get_num_threads()} threads, {how}"

@@ -6,7 +6,8 @@ would see (1 MAC = 2 FLOPs).
 
 import copy
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ def alone(work: Callable[[], CostTable], model: nn.Module, input_size: tuple[int
 
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose tensors have shapes only, without the user's hooks."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(hooks): OrderedDict() for hooks in _hooks(model)}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in model.buffers():
@@ -60,11 +61,23 @@ def on_meta(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 memo[id(value)] = value.detach().to("meta")
-    shapes = copy.deepcopy(model, memo).eval()
-    for module in shapes.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return shapes
+    return copy.deepcopy(model, memo).eval()
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A copy, with the user's own hooks in place of copies of them and of what they have seen."""
+    memo: dict[int, Any] = {id(hooks): OrderedDict(hooks) for hooks in _hooks(model)}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _hooks(model: nn.Module) -> Iterator[dict[int, Any]]:
+    """The hooks around the forward passes of a model's modules."""
+    for module in model.modules():
+        yield from (module._forward_hooks, module._forward_pre_hooks)
 
 
 class Meter(Protocol):

@@ -67,8 +67,9 @@ class Exits(Exact):
         self.config = config
         self.after = tuple(after)  # places in the running order of all units, ascending
         self.heads = nn.ModuleList(heads)
-        self.levels = (NEVER,) * len(heads)  # how sure an image that leaves in eval is at least; see calibrate
-        self.confidence: Tensor = nn.Buffer(torch.tensor(self.levels))  # the same, to travel with the weights
+        self.confidence: Tensor = nn.Buffer(torch.full((len(heads),), NEVER))  # to travel with the weights
+        self._read: tuple[Tensor, int] | None = None  # what was read of it, and in which state
+        self._levels = (NEVER,) * len(heads)
         self.register_load_state_dict_post_hook(_read_levels)
 
     def __len__(self) -> int:
@@ -77,6 +78,17 @@ class Exits(Exact):
     def forward(self, index: int, x: Tensor) -> Tensor:
         """x: [B, C, H, W] -> logits [B, classes] of exit `index`."""
         return self.heads[index](x)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """How sure an image that leaves in eval is at least, for each exit: `confidence`, read when it has changed."""
+        here = self.confidence
+        if torch.compiler.is_compiling() or here.device.type == "meta":
+            return self._levels
+        version = -1 if here.is_inference() else here._version  # raised by whatever writes into the buffer
+        if self._read is None or self._read[0] is not here or self._read[1] != version or version < 0:
+            self._levels, self._read = tuple(here.tolist()), (here, version)
+        return self._levels
 
     @property
     def calibrated(self) -> bool:
@@ -88,13 +100,12 @@ class Exits(Exact):
         values = torch.tensor(levels, dtype=self.confidence.dtype)
         with torch.no_grad():
             self.confidence.copy_(values)
-        self.levels = tuple(values.tolist())
+        self._levels = tuple(values.tolist())
 
 
 def _read_levels(exits: nn.Module, keys: object) -> None:
     assert isinstance(exits, Exits)
-    if exits.confidence.device.type != "meta":
-        exits.levels = tuple(exits.confidence.tolist())
+    assert len(exits.levels) == len(exits)  # which reads them, for what is compiled before they are asked for again
 
 
 def confident(logits: Tensor, confidence: float) -> Tensor:

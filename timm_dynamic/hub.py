@@ -348,6 +348,8 @@ def _push(api: HfApi, repo_id: str, folder: Path, private: bool, revision: str |
 def _may_write_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     try:
         return is_ours(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
+    except LocalEntryNotFoundError:  # it could not be asked for, which does not mean that it is not there
+        raise
     except EntryNotFoundError:
         return True
 

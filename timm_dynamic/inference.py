@@ -1,18 +1,18 @@
 """A copy of a dynamic network that makes the same decisions in less time."""
 
-import copy
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import families
-from .counting import on_meta
+from .counting import duplicate, on_meta
 from .gates import RNN_SIZE, Memory, RecurrentGates, SettledGates, pooled
-from .units import Slices
+from .units import Slices, intercepted
 
 
 def optimize_for_inference(model: Any) -> Any:
@@ -37,7 +37,7 @@ def optimize_for_inference(model: Any) -> Any:
 
 
 def _optimized(model: Any) -> Any:
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    fast: Any = _settle_weights(duplicate(model)).eval().requires_grad_(False)
     if hasattr(fast, "dynamic"):
         fast.dynamic.origin, fast.dynamic.slices = fast.dynamic.origin or on_meta(model), Slices()
     for unit in families.units(fast):
@@ -51,6 +51,22 @@ def _optimized(model: Any) -> Any:
     if isinstance(getattr(fast, "layer_gates", None), RecurrentGates):
         fast.layer_gates = FoldedRecurrentGates(fast.layer_gates)
     return fast.to(memory_format=torch.channels_last)
+
+
+def _settle_weights(model: nn.Module) -> nn.Module:
+    """Make plain parameters of weights that are computed: by `torch.nn.utils.prune`, or by parametrizations."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            names = list(cast(nn.ModuleDict, module.parametrizations))
+            values = {name: getattr(module, name).detach().clone() for name in names}
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]  # torch's way would change the class that both copies share
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
+        pruned = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
+        for hook in pruned:
+            prune.remove(module, hook._tensor_name)
+    return model
 
 
 class FoldedRecurrentGates(SettledGates):
@@ -125,8 +141,13 @@ def _frozen(values: Tensor) -> nn.Parameter:
 
 
 def _foldable(conv: Any, norm: Any) -> bool:
-    """Whether `norm(conv(x))` is a convolution in eval (followed by what the norm holds beside)."""
-    return isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    """Whether `norm(conv(x))` is a convolution in eval (followed by what the norm holds beside).
+
+    One with hooks or a forward of its own is not: they are to meet what they would meet without folding.
+    """
+    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return False
+    return not (intercepted(conv) or norm._forward_hooks or norm._forward_pre_hooks)
 
 
 def _fold(conv: nn.Conv2d, norm: Any) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import costs
+from . import costs, families
 from .configs import BudgetConfig
 from .exits import confident
 from .walk import Walk
@@ -25,6 +25,8 @@ class Rule:
             self.levels = [budget.confidence] * len(walk.stops)
         elif budget is None and walk.exits is not None and walk.exits.calibrated:
             self.levels = walk.exits.levels
+        if budget is not None or self.levels is not None:
+            check_classes(walk.model)
         self.most: Tensor | None = None  # [B], what an image may cost
         if budget is not None and walk.limit is not None:
             self.most = allowance(budget, walk.limit.table, batch).to(walk.x.device)
@@ -50,6 +52,21 @@ class Rule:
             if forced is None:
                 leave = leave | confident(logits, self.levels[index])
         return (leave if walk.alive is None else leave & walk.alive), logits
+
+
+def check_classes(model: Any) -> None:
+    """Whether the exits know the classes of the model's own head, which may have been put there by hand.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    head = families.classes(model)
+    for exit in model.exits.heads if hasattr(model, "exits") else ():
+        if getattr(exit.fc, "out_features", 0) != head:
+            raise ValueError(
+                f"the exits must know the {head} classes of the head; found {getattr(exit.fc, 'out_features', 0)}: "
+                "give the network its classifier before add_exits, or by reset_classifier"
+            )
 
 
 def allowance(budget: BudgetConfig, table: costs.CostTable, batch: int | None) -> Tensor:

@@ -1,6 +1,5 @@
 """Cost tables in any unit: multiply-adds, this machine's milliseconds, millijoules."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import families
 from .configs import EnergyConfig, check_input_size, one_of
-from .costs import CostTable
+from .costs import CostTable, machine_name
 from .counting import MacMeter, alone, build_table, count_macs, on_meta
 from .modes import modes_kept
 from .surgery import force
@@ -64,16 +63,6 @@ def cost_table(
     families.units(model)
     with modes_kept(model):
         return _measure_latency(model.eval(), size)
-
-
-def machine_name(model: nn.Module) -> str:
-    """What a latency depends on beside the model: processor or GPU, threads, torch, precision, optimised or not."""
-    like = next(model.parameters())
-    optimised = getattr(getattr(model, "dynamic", None), "origin", None) is not None
-    how = f"torch {torch.__version__}, {str(like.dtype).removeprefix('torch.')}" + (", optimised" if optimised else "")
-    if like.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(like.device)}, {how}"
-    return f"{platform.machine()} {platform.processor()}, {torch.get_num_threads()} threads, {how}"
 
 
 class EnergyMeter(MacMeter):

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import families, units
 from .certainty import certainty
 from .costs import CostTable
+from .counting import duplicate
 from .exits import confident
 from .inference import FoldedRecurrentGates, optimize_for_inference
 from .measure import cost_table
@@ -72,7 +73,7 @@ def take_apart(model: Any, input_size: tuple[int, int, int]) -> Net:
         ValueError: if its budget cannot be kept in a file, or it cannot run an input of that size.
     """
     table = cost_table(model, input_size)
-    fast = optimize_for_inference(model).float().cpu().to(memory_format=torch.contiguous_format)
+    fast = optimize_for_inference(duplicate(model).float()).cpu().to(memory_format=torch.contiguous_format)
     dynamic, exits = getattr(model, "dynamic", None), getattr(model, "exits", None)
     budget, end = (None if dynamic is None else dynamic.budget), len(table.exits) - 1
     if budget is None:

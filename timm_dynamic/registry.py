@@ -27,6 +27,7 @@ from torchvision.models import _api as torchvision_api
 from torchvision.models import densenet as tv_densenet
 from torchvision.models import resnet as tv_resnet
 
+from . import families
 from .budgets import check_budget
 from .cifar import default_cfgs as cifar_cfgs
 from .configs import BudgetConfig
@@ -74,6 +75,7 @@ def add_parts(
     channel_gates: Any = None,
     exits: Any = None,
     budget: Any = None,
+    saved_budget: bool = False,
 ) -> Any:
     """Give a stock model the parts of a method.
 
@@ -85,24 +87,31 @@ def add_parts(
         exits: likewise.
         budget: a `BudgetConfig`, a dict, or False for none; a network without classes keeps none. One of
             milliseconds is checked by timing the model here and now.
+        saved_budget: whether the budget came with the weights: one that this network cannot keep is then left out,
+            with a warning.
     """
     verbs = (add_layer_gates, add_channel_gates, add_exits)
     for verb, default, wanted in zip(verbs, method, (layer_gates, channel_gates, exits), strict=True):
         if wanted is not False and (default or wanted is not None):
             verb(model, None if wanted is True else wanted)
-    if budget is not None and budget is not False and not model.num_classes:
+    if budget is not None and budget is not False and not families.classes(model):
         _logger.info("A network without classes keeps no budget: all images go to the head.")
     elif budget is not None and budget is not False:
-        config = BudgetConfig.make(budget)
-        dynamic = dynamic_of(model)
-        dynamic.limit, dynamic.budget = check_budget(model, config), config
+        try:
+            config = BudgetConfig.make(budget)
+            dynamic = dynamic_of(model)
+            dynamic.limit, dynamic.budget = check_budget(model, config), config
+        except ValueError as error:
+            if not saved_budget:
+                raise
+            _logger.warning(f"The budget that these weights were saved with does not suit, and is left out: {error}")
     return model
 
 
-def _build_timm(base: str, method: Method, **kwargs: Any) -> nn.Module:
+def _build_timm(base: str, method: Method, saved_budget: bool, **kwargs: Any) -> nn.Module:
     """The callable that timm's builder makes a model with, before it loads weights."""
     parts = {name: kwargs.pop(name, None) for name in (*PARTS, "budget")}
-    return add_parts(timm.create_model(base, **kwargs), method, **parts)
+    return add_parts(timm.create_model(base, **kwargs), method, **parts, saved_budget=saved_budget)
 
 
 def complete(
@@ -183,7 +192,7 @@ def _register_timm(prefix: str, base: str, cfgs: DefaultCfg, trained: Mapping[st
         kwargs = _through_gates(name, check_saved_model(name, pretrained, kwargs))
         saved = with_saved_arguments(name, pretrained, kwargs)
         return build_model_with_cfg(
-            partial(_build_timm, base, METHODS[prefix]),
+            partial(_build_timm, base, METHODS[prefix], saved.budget),
             name,
             pretrained,
             feature_cfg={"feature_cls": DynamicFeatures, "out_indices": tuple(range(4 if base in cifar_cfgs else 5))},

@@ -110,6 +110,9 @@ def _timm_root(name: str, base: Any) -> Any:
                 head.reset(num_classes, next(self.parameters()))
                 head.fc.train(self.training)
             self.exits.set_confidence([NEVER] * len(self.exits))
+        if num_classes == 1 and self.dynamic.budget is not None and self.dynamic.budget.confidence is not None:
+            _logger.info("The budget of confidence is lifted: of one class every image is sure.")
+            self.dynamic.budget = None
         if self.dynamic.origin is not None:
             self.dynamic.origin.reset_classifier(num_classes, global_pool)
 

@@ -19,8 +19,9 @@ def shut_units(model: Any, names: Iterable[str]) -> Any:
     A hard budget allows for the dearest way to the next exit, which becomes cheaper by these units, and training does
     not compute them. Their gates are no longer asked, but for RNN gates before a unit that is not settled, which hand
     it what they saw; with `LayerGateConfig.memory` "free" they do not, and what later gates say may change. It is part
-    of the config (`LayerGateConfig.shut`) and saved with the weights. The units keep their weights, which weight decay
-    shrinks where training goes on: `shut_units(model, [])` gives all back to their gates.
+    of the config (`LayerGateConfig.shut`), saved by `save_pretrained` and in runs; a bare state dict does not hold it.
+    The units keep their weights, which weight decay shrinks where training goes on: `shut_units(model, [])` gives all
+    back to their gates.
 
     Args:
         model: a dynamic model with layer gates.
@@ -40,7 +41,8 @@ def open_units(model: Any, names: Iterable[str]) -> Any:
     """Open units for good: every image that comes there runs them, whatever their gates or `force` say.
 
     Their gates are no longer asked, as with `shut_units`: a network all of whose units are settled spends no time on
-    layer gates. It is part of the config (`LayerGateConfig.open`) and saved with the weights.
+    layer gates. It is part of the config (`LayerGateConfig.open`), saved by `save_pretrained` and in runs; a bare state
+    dict does not hold it.
 
     Args:
         model: a dynamic model with layer gates.

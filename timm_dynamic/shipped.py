@@ -79,11 +79,13 @@ class Saved:
         kwargs: arguments to build the network with.
         missing: parts of it that the weights do not hold.
         unused: parts that they hold and it has not.
+        budget: whether the budget is theirs.
     """
 
     kwargs: dict[str, Any]
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    budget: bool = False
 
 
 def with_saved_arguments(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> Saved:
@@ -112,7 +114,8 @@ def with_saved_arguments(name: str, pretrained: bool, kwargs: Mapping[str, Any])
     built |= {part: saved[part] for part in parts if kwargs.get(part) is True and saved[part]}
     missing = tuple(part for part in parts if built[part] is not False and not saved[part])
     unused = tuple(part for part in parts if built[part] is False and saved[part])
-    return Saved({**built, "pretrained_model_args": dict(saved)}, missing, unused)
+    theirs = built.get("budget") is not None and built["budget"] == saved.get("budget")
+    return Saved({**built, "pretrained_model_args": dict(saved)}, missing, unused, theirs)
 
 
 def _shipped_arguments(name: str, pretrained: bool, cfg: Any) -> dict[str, Any]:

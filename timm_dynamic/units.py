@@ -19,6 +19,12 @@ Keeps = Sequence[Tensor]  # for each hidden width, keeps of its channels: [B, ch
 MOST_BYTES = 2**27  # of weights that are remembered
 
 
+def checkpointed(model: nn.Module, unit: Unit) -> bool:
+    """Whether a unit is computed again for its gradients: ResNets are told at the root, dense layers one by one."""
+    asked = ((model, "grad_checkpointing"), (unit.module, "grad_checkpointing"), (unit.module, "memory_efficient"))
+    return any(getattr(module, name, False) for module, name in asked)
+
+
 class Slices(dict[Any, tuple[Tensor, Tensor | None]]):
     """Weights and biases of patterns of channels met before, of frozen weights; forgotten when they are too many."""
 
@@ -309,8 +315,14 @@ def _kept(groups: tuple[bool, ...], sizes: tuple[int, ...] | None, device: Any, 
 def _conv_slice(
     conv: nn.Conv2d, x: Tensor, source: _Kept | None, target: _Kept | None, name: str, slices: Slices | None
 ) -> Tensor:
-    """A convolution from input channels `source` to output channels `target` (None: all). x: [B, source, H, W]."""
+    """A convolution from input channels `source` to output channels `target` (None: all). x: [B, source, H, W].
+
+    One that is more than its weights, by hooks (as of `torch.nn.utils.prune`) or a forward of its own, runs in full.
+    """
     into, out_of = (None if kept is None else kept.channels for kept in (source, target))
+    if intercepted(conv):
+        wide = x if into is None else x.new_zeros(x.shape[0], conv.in_channels, *x.shape[2:]).index_copy_(1, into, x)
+        return conv(wide) if out_of is None else conv(wide)[:, out_of]
     if conv.groups > 1 and (source is not None or target is not None):
         return _grouped_slice(conv, x, into, out_of)
     if slices is None:
@@ -326,6 +338,12 @@ def _conv_slice(
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         return _constant(conv, x, weight.shape[0], bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def intercepted(conv: nn.Module) -> bool:
+    """Whether calling a convolution does more, or other things, than convolving with its weights."""
+    own = type(conv).forward is not nn.Conv2d.forward or "forward" in vars(conv) or "parametrizations" in conv._modules
+    return own or bool(conv._forward_hooks or conv._forward_pre_hooks)
 
 
 def _weight_slice(conv: nn.Conv2d, source: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -112,6 +112,10 @@ def _limit_table(model: Any, x: Tensor) -> costs.CostTable:
             f"the budget's table is for input size {table.input_size}; found {tuple(x.shape[1:])}: "
             "set the budget again with input_size="
         )
+    if table.machine and not torch.compiler.is_compiling():
+        here = costs.machine_name(model)
+        if table.machine.removesuffix(costs.OPTIMISED) != here.removesuffix(costs.OPTIMISED):
+            raise ValueError(f"the budget's table is of another machine: {table.machine}; found {here}: set it again")
     return table
 
 
@@ -322,7 +326,7 @@ class Walk:
                 self.log.channel_keep.append(self._living(shown))
         if self.model.training and self._nobody_runs(i - 1, keep):
             y = units.rest(unit, units.shortcut(unit, self.x))
-        elif self.model.training and getattr(self.model, "grad_checkpointing", False):
+        elif self.model.training and units.checkpointed(self.model, unit):
             y = checkpoint(units.run_masked, unit, self.x, keep, wide, use_reentrant=False)
         else:
             y = units.run_masked(unit, self.x, keep, wide)
