@@ -229,6 +229,8 @@ def test_some_images_of_a_plain_network(data: Path, tmp_path: Path) -> None:
         ({}, {"calibrated": {"images": 40, "held_out": True}}, 40),  # as weights are shipped
         ({}, {"calibrated": {"images": 40, "held_out": False}}, 0),
         ({"holdout": None}, {}, 0),
+        ({"holdout": 50, "dataset": "folder"}, {}, 50),
+        ({"holdout": 50, "dataset": "cifar10"}, {}, 0),  # whose images are in another order
     ],
 )
 def test_what_a_network_never_saw(settings: dict[str, Any], summary: dict[str, Any], known: int) -> None:

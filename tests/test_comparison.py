@@ -97,6 +97,11 @@ def test_a_study_runs_and_does_not_run_twice(study: str, tmp_path: Path, monkeyp
             options.command(compare.main)
         assert not ended.value.code
         monkeypatch.setattr(compare, "run", lambda *args: pytest.fail("a finished run was run again"))
+    if study == "densenet":
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments[:-1]), "24"])
+        with pytest.raises(SystemExit) as ended:
+            options.command(compare.main)
+        assert ended.value.code == 1, "of other settings"
     kept = json.loads((tmp_path / "comparison.json").read_text())
     assert {row["seed"] for row in kept["rows"]} == {3}
     _, claims, _ = compare.STUDIES[study]

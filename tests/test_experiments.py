@@ -138,6 +138,7 @@ def test_the_gain_over_the_best_static_policy(tmp_path: Path) -> None:
     output = tmp_path / "run"
     few: list[object] = ["--image-size", 16, "--batch-size", 16, "--evaluations", 1, "--threads", 1]
     changes = ("base.iterations=1", "sp.iterations=4", "sp.schedule=multistep", "sp.milestones=0.6", "hrl.iterations=2")
+    changes += ("sp.weight_decay=0.0005",)
     few += [part for change in changes for part in ("--stage", change)]
     assert call(skipnet, "--gain", "--distill", 1.0, "--output", output, *few) == 0
     summary = yaml.safe_load((output / "summary.json").read_text())
@@ -147,6 +148,7 @@ def test_the_gain_over_the_best_static_policy(tmp_path: Path) -> None:
     kept = yaml.safe_load((output / "static" / "settings.json").read_text())
     alone = kept["stages"][0]
     assert alone["iterations"] == 6, "as long as the two stages that it is compared with"
+    assert alone["weight_decay"] == 0.0005
     assert (alone["schedule"], alone["milestones"]) == ("multistep", [0.6]), "that of the longer of the two"
     assert kept["policy"] == summary["static"]["policy"]
     assert kept["distill"] == 1.0

@@ -181,6 +181,17 @@ def test_alpha_follows_the_target_and_is_kept() -> None:
     assert "policies" not in task.state_dict()
 
 
+@pytest.mark.parametrize("price", [{"alpha": 0.1}, {"target": 0.55}])
+def test_batches_are_counted_whatever_sets_the_price(price: dict[str, float]) -> None:
+    task, (x, y) = task_of(network(), **price), batch(8)
+    for _ in range(3):
+        task(x, y)
+    assert task.seen == 3
+    task.eval()
+    task(x, y)
+    assert task.seen == 3, "in training only"
+
+
 def test_policies_are_drawn_at_random_at_first_only() -> None:
     model, (x, _) = network(), batch(64)
     task = task_of(model, alpha=0.0, mixing=0.5)

@@ -357,13 +357,15 @@ class DynamicTask(nn.Module):
 
     def _cost_weight(self, share: Tensor) -> Tensor:
         """Weight of the cost term for a batch whose mean cost is ``share``; in training it moves alpha one step."""
+        seen = int(self.seen)
+        if self.training:
+            self.seen += 1
         if self.target is None:
             return self.alpha.clone()
-        target = losses.annealed_target(self.target, int(self.seen) / self.steps, self.anneal)
+        target = losses.annealed_target(self.target, seen / self.steps, self.anneal)
         weight = losses.multiplier(self.alpha, share, target, self.stiffness)
         if self.training:
             self.alpha += self.rate * (share - target)
-            self.seen += 1
             for part in gate_parts(self.model) if hasattr(self.model, "channel_gates") else ():
                 lower_logits(part, self.push * (share - target))
         return weight

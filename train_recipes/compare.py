@@ -26,8 +26,9 @@ import skipnet
 from base import STAGES as BASE_STAGES
 from ddi import STAGES as DDI_STAGES
 from iadi import STAGES as IADI_STAGES
-from loop import run
-from run_folder import SUMMARY, RunError, write_json
+from loop import fixed_of, run
+from planning import planned
+from run_folder import SUMMARY, RunError, RunFolder, write_json
 from stages import Stage, add_all_gates, add_channel_gates, add_exits, add_layer_gates, exits_task
 from timm_dynamic.calibration import apply_calibration, calibrations
 from timm_dynamic.comparison import Claim, write_comparison
@@ -60,10 +61,13 @@ class Bench:
         """Run a recipe; its summary."""
         folder = self.root / f"seed{self.seed}" / name.replace(" ", "_")
         wanted = "adaptive_gain" if values.get("gain") else "dynamic"
-        if not (folder / SUMMARY).exists() or wanted not in json.loads((folder / SUMMARY).read_text()):
-            given = {**self.common, "model": PREFIX[recipe] + model, "seed": self.seed, **values}
-            given |= {"output": folder, "resume": True} | ({"spread": skipnet.SPREAD} if recipe == "skipnet" else {})
-            run(stages, options.settings(recipe, given, PREFIX[recipe]))
+        given = {**self.common, "model": PREFIX[recipe] + model, "seed": self.seed, **values}
+        given |= {"output": folder, "resume": True} | ({"spread": skipnet.SPREAD} if recipe == "skipnet" else {})
+        settings = options.settings(recipe, given, PREFIX[recipe])
+        if (folder / SUMMARY).exists() and wanted in json.loads((folder / SUMMARY).read_text()):
+            RunFolder(folder).check(fixed_of(planned(stages, settings), settings), resume=True)
+        else:
+            run(stages, settings)
         return json.loads((folder / SUMMARY).read_text())
 
     def add(self, name: str, found: dict[str, Any], dense: float, **more: Any) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2.functional import resize
 
 from files import Folder, Part, folder, hub
 from images import Augmented, Data, DataError, Key, in_memory
@@ -92,8 +93,13 @@ def _torchvision(make: Callable[[], Any], data_dir: Path) -> Any:
         raise DataError(f"{data_dir.resolve()}: {error} Give --download to fetch it, or another --data-dir") from error
 
 
-def cifar(name: str, data_dir: Path, download: bool, seed: int) -> Data:
-    """CIFAR-10 or CIFAR-100, with pad-4 crops and mirroring."""
+def _scaled(pixels: Tensor, size: int) -> Tensor:
+    """uint8 [N, 3, H, W] -> [N, 3, size, size], as PIL scales them."""
+    return pixels if pixels.shape[-1] == size else resize(pixels, [size, size], antialias=True)
+
+
+def cifar(name: str, data_dir: Path, download: bool, size: int, seed: int) -> Data:
+    """CIFAR-10 or CIFAR-100, with crops from a padding of an eighth of a side, and mirroring."""
     kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
     train, val = (
         _torchvision(functools.partial(kind, str(data_dir), train=part, download=download), data_dir)
@@ -101,18 +107,19 @@ def cifar(name: str, data_dir: Path, download: bool, seed: int) -> Data:
     )
 
     def tensors(part: Any) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return _scaled(pixels, size), torch.tensor(part.targets)
 
-    return in_memory(tensors(train), tensors(val), train.classes, 4, True, seed)
+    return in_memory(tensors(train), tensors(val), train.classes, size // 8, True, seed)
 
 
-def svhn(data_dir: Path, download: bool, seed: int) -> Data:
+def svhn(data_dir: Path, download: bool, size: int, seed: int) -> Data:
     """SVHN with its extra set, not augmented (SkipNet, section 4.1)."""
 
     def load(split: str) -> tuple[Tensor, Tensor]:
         make = functools.partial(torchvision.datasets.SVHN, str(data_dir), split=split, download=download)
         part = _torchvision(make, data_dir)
-        return torch.from_numpy(part.data), torch.from_numpy(part.labels).long()
+        return _scaled(torch.from_numpy(part.data), size), torch.from_numpy(part.labels).long()
 
     parts = [load("train"), load("extra")]
     train = torch.cat([pixels for pixels, _ in parts]), torch.cat([labels for _, labels in parts])
@@ -126,7 +133,7 @@ def load(name: str, data_dir: Path, download: bool, image_size: int, seed: int) 
         name: one of ``DATASETS``.
         data_dir: where it is; not needed for the digits.
         download: whether torchvision may fetch it.
-        image_size: pixels a side that the network wants; CIFAR and SVHN come in their own.
+        image_size: pixels a side that the network wants.
         seed: of the augmentation.
 
     Raises:
@@ -135,9 +142,9 @@ def load(name: str, data_dir: Path, download: bool, image_size: int, seed: int) 
     if name == "digits":
         return digits(image_size, seed)
     if name in ("cifar10", "cifar100"):
-        return cifar(name, data_dir, download, seed)
+        return cifar(name, data_dir, download, image_size, seed)
     if name == "svhn":
-        return svhn(data_dir, download, seed)
+        return svhn(data_dir, download, image_size, seed)
     if name in ("folder", "imagenet"):
         return folder(data_dir, image_size, seed, large=name == "imagenet")
     if name.startswith("hfds/"):

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from timm.data import create_dataset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
-from images import LARGEST_IN_MEMORY, Data, DataError, in_memory
+from images import CENTRE, CENTRED, LARGEST_IN_MEMORY, Data, DataError, in_memory
 
 
 class Folder(Dataset[Any]):
@@ -90,7 +91,7 @@ def _decoded(files: torchvision.datasets.ImageFolder, size: int) -> tuple[Tensor
             image = files[i][0]
         except (OSError, SyntaxError) as error:
             raise DataError(f"{files.samples[i][0]} is not a whole image: {error}") from error
-        image = image if image.size == (size, size) else image.resize((size, size))
+        image = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
         pixels[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels, torch.tensor(files.targets)
 
@@ -143,7 +144,7 @@ def _as_imagenet(train: Any, val: Any, classes: Sequence[str], size: int, seed: 
     normalise = v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     finish = [v2.RGB(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalise]
     crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *finish])
-    centre = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size), *finish])
+    centre = v2.Compose([v2.Resize(int(size / CENTRE)), v2.CenterCrop(size), *finish])
     return Data(
         Folder(train, crop, seed),
         Folder(val, centre, None),
@@ -151,4 +152,5 @@ def _as_imagenet(train: Any, val: Any, classes: Sequence[str], size: int, seed: 
         IMAGENET_DEFAULT_MEAN,
         IMAGENET_DEFAULT_STD,
         (3, size, size),
+        CENTRED,
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from options import Settings, read_config
+from options import Settings, one_of_two, over_config, read_config
 
 
 def _flag(kind: Any, help: str, **more: Any) -> Any:
@@ -46,7 +46,9 @@ FLAGS = {
         Literal["auto", "fp32", "bf16", "fp16"],
         "Of the forward pass in training; auto is bf16 where it is fast, fp16 needs a GPU.",
     ),
-    "clip_grad": _flag(float | None, "Largest norm of the gradient in all stages, instead of what each has."),
+    "clip_grad": _flag(
+        float | None, "Largest norm of the gradient in all stages, instead of what each has; 0 for none."
+    ),
     "ema": _flag(float, "Decay of a moving average of the weights, which is measured and saved; 0 for none."),
     "compile": _flag(bool, "Compile the training step with torch.compile."),
     "grad_checkpointing": _flag(bool, "Compute units again in the backward pass, to save memory."),
@@ -61,7 +63,11 @@ FLAGS = {
     "threads": _flag(
         int, "CPU threads of each process; 0 for the launcher's choice, which is 1 under accelerate launch."
     ),
-    "stage": _flag(list[str] | None, "Change a stage, as in iadi.epochs=20; may be given many times."),
+    "stage": _flag(
+        list[str] | None,
+        "Change a stage, as in iadi.epochs=20; may be given many times, and goes over what --config says.",
+        callback=over_config,
+    ),
     # Gates and what they cost
     "gate": _flag(Literal["ff1", "ff2", "rnn", "linear"], "Kind of layer gate."),
     "gate_init": _flag(Literal["random", "open"], "How gates start: as published, or keeping everything."),
@@ -75,8 +81,12 @@ FLAGS = {
     "channel_mode": _flag(
         Literal["independent", "nested", "none"], "Any groups of channels, the first few of them, or layer gates alone."
     ),
-    "alpha": _flag(float | None, "Fixed weight of the cost, which is a share of the dense network's."),
-    "target": _flag(float | None, "Share of the dense cost that alpha is steered to, instead of --alpha."),
+    "alpha": _flag(
+        float | None, "Fixed weight of the cost, which is a share of the dense network's.", callback=one_of_two
+    ),
+    "target": _flag(
+        float | None, "Share of the dense cost that alpha is steered to, instead of --alpha.", callback=one_of_two
+    ),
     "cost": _flag(
         Literal["macs", "latency_ms", "energy_mj"], "What is counted as cost; milliseconds are measured at the start."
     ),

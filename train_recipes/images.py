@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,12 @@ from torch.utils.data import Dataset
 
 Key = tuple[int, int]  # (epoch, index)
 LARGEST_IN_MEMORY = 64  # pixels a side; a folder of images larger than that is decoded as it is read
+
+
+CENTRE = 0.875  # of a side
+AS_TIMM_SAYS: dict[str, Any] = {"interpolation": "bilinear", "test_input_size": None, "test_crop_pct": None}
+SQUASHED = {**AS_TIMM_SAYS, "crop_pct": 1.0, "crop_mode": "squash"}
+CENTRED = {**AS_TIMM_SAYS, "crop_pct": CENTRE, "crop_mode": "center"}
 
 
 class DataError(Exception):
@@ -31,6 +37,7 @@ class Data:
         mean: of each channel, on a scale of 0..1.
         std: of each channel.
         input_size: (channels, height, width).
+        prepared: how `val` is made of image files, as timm's pretrained config says it.
     """
 
     train: Dataset[Any]
@@ -39,6 +46,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: tuple[int, int, int]
+    prepared: Mapping[str, Any]
 
 
 class Images(Dataset[Any]):
@@ -145,4 +153,4 @@ def in_memory(
     images = Images(*train, mean, std)
     _, channels, height, width = train[0].shape
     augmented = Augmented(images, shift, flip, seed)
-    return Data(augmented, Images(*val, mean, std), tuple(classes), mean, std, (channels, height, width))
+    return Data(augmented, Images(*val, mean, std), tuple(classes), mean, std, (channels, height, width), SQUASHED)

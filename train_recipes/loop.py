@@ -29,6 +29,8 @@ def run(stages: tuple[Stage, ...], settings: Settings) -> None:
             "--gain trains a static network for as long as the gated one was trained as a whole: it needs such a "
             f"stage; found {', '.join(stage.name for stage in stages)}"
         )
+    if settings.distill and settings.base is None and stages[0].surgery is not None:
+        raise RunError("--distill learns from the trained stock network, and here is none: give --base")
     trained = _train(accelerator, stages, settings)
     if settings.gain and any(stage.surgery is not None for stage in stages):
         _compare_with_static(accelerator, stages, settings)
@@ -37,10 +39,15 @@ def run(stages: tuple[Stage, ...], settings: Settings) -> None:
     accelerator.end_training()
 
 
+def fixed_of(stages: tuple[Stage, ...], settings: Settings) -> dict[str, Any]:
+    """What must be the same when a run of these stages, as they were planned, is resumed."""
+    return {**settings.fixed(), "stages": [stage.described() for stage in stages]}
+
+
 def _train(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settings) -> bool:
     """Take a network through the stages; False if that was done before."""
     folder = RunFolder(settings.folder)
-    fixed = {**settings.fixed(), "stages": [stage.described() for stage in stages]}
+    fixed = fixed_of(stages, settings)
     folder.check(fixed, settings.resume)
     if folder.finished():
         return False
@@ -54,7 +61,9 @@ def _train(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settin
     start_trackers(accelerator, settings)
     trainer = Trainer(accelerator, data, settings, folder, model)
     trainer.train(stages)
-    results.finish(accelerator, trainer.model, trainer.val, data, settings, folder, trainer.progress.results["dense"])
+    found = trainer.progress.results["dense"]
+    steered = replace(settings, target=None) if stages[-1].alpha is not None else settings
+    results.finish(accelerator, trainer.model, trainer.val, data, steered, folder, found)
     return True
 
 
@@ -89,6 +98,7 @@ def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], se
         lr=max(stage.lr for stage in gated),
         schedule=longest.schedule,
         milestones=longest.milestones,
+        weight_decay=longest.weight_decay,
     )
     changes: dict[str, Any] = {"method": "static", "policy": str(policy), "base": str(root / BASE), "stage": ()}
     changes |= {"output": root / "static", "resume": True, "gain": False, "epochs_scale": 1.0, "max_steps": None}

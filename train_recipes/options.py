@@ -17,6 +17,8 @@ import yaml
 from images import DataError
 from run_folder import RunError
 
+STAGES = "train_recipes.stages"  # where a click context keeps a config's changes
+WHERE_IT_IS = "?"  # before a change of a stage: that the method at hand may lack it
 PREFIXES = ("skipnet_", "iadi_", "ddi_")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # What may differ when a run is resumed: it does not change the numbers.
@@ -215,9 +217,26 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(
             f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}, stages"
         )
-    flat = [f"{stage}.{key}={value}" for stage, fields in stages.items() for key, value in fields.items()]
-    context.default_map = {**values, **({"stage": flat} if flat else {})}
+    if not isinstance(stages, dict) or not all(isinstance(fields, dict) for fields in stages.values()):
+        raise typer.BadParameter(
+            f"{path}: stages must hold the fields of each, as in sp: {{epochs: 3}}; found {stages}"
+        )
+    flat = [f"{WHERE_IT_IS}{name}.{key}={value}" for name, fields in stages.items() for key, value in fields.items()]
+    context.meta[STAGES] = [*flat, *(values.pop("stage", None) or [])]
+    context.default_map = values
     return path
+
+
+def over_config(context: typer.Context, value: list[str] | None) -> list[str]:
+    """The stages' changes of a config, then those of the command line, which hold where both say something."""
+    return [*context.meta.get(STAGES, ()), *(value or [])]
+
+
+def one_of_two(context: typer.Context, parameter: typer.CallbackParam, value: float | None) -> float | None:
+    """--alpha on the command line goes over a config's target, and the other way round."""
+    other = "target" if parameter.name == "alpha" else "alpha"
+    mine, theirs = (getattr(context.get_parameter_source(name), "name", "") for name in (str(parameter.name), other))
+    return None if mine == "DEFAULT_MAP" and theirs == "COMMANDLINE" else value
 
 
 def command(main: Callable[..., None]) -> None:

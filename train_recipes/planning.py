@@ -14,9 +14,19 @@ import torch
 from torch import nn
 
 import timm_dynamic as td
-from options import Settings
+from options import WHERE_IT_IS, Settings
 from run_folder import SETTINGS, RunError
-from stages import Outlook, Stage, add_all_gates, add_layer_gates, add_soft_gates, fix_policy, opens_first, steering
+from stages import (
+    NAMES,
+    Outlook,
+    Stage,
+    add_all_gates,
+    add_layer_gates,
+    add_soft_gates,
+    fix_policy,
+    opens_first,
+    steering,
+)
 from timm_dynamic.evaluation import costs_of
 from timm_dynamic.hindsight import HindsightTask, without_last
 from timm_dynamic.tasks import FollowTask
@@ -31,8 +41,10 @@ def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
     """
     found = {stage.name: stage for stage in (_from_policy(stages, settings) if settings.start else stages)}
     for change in settings.stage:
-        where, _, value = change.partition("=")
+        where, _, value = change.removeprefix(WHERE_IT_IS).partition("=")
         name, _, key = where.partition(".")
+        if change.startswith(WHERE_IT_IS) and name in NAMES and name not in found:
+            continue
         if name not in found or not key or not value:
             raise RunError(f"--stage needs STAGE.FIELD=VALUE with a stage of {', '.join(found)}; found {change!r}")
         found[name] = found[name].changed(key, value)

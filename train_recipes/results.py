@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import timm_dynamic as td
 from data import plain_images, val_loader
-from images import LARGEST_IN_MEMORY, Data
+from images import Data
 from options import Settings
 from processes import seed_everything
 from run_folder import SUMMARY, RunError, RunFolder, load_weights, write_json
@@ -67,9 +67,7 @@ def base_model(settings: Settings, data: Data) -> nn.Module:
     if base is not None and pretrained and (not timm.is_model(base) or base.split(".")[0] != name.split(".")[0]):
         raise RunError(f"--base {base} is neither a file or folder nor a pretrained {name}")
     overlay: dict[str, Any] = {"input_size": data.input_size, "mean": data.mean, "std": data.std}
-    overlay |= {"num_classes": len(data.classes), "label_names": data.classes}
-    if data.input_size[-1] <= LARGEST_IN_MEMORY:
-        overlay |= {"crop_pct": 1.0, "interpolation": "bilinear"}
+    overlay |= {"num_classes": len(data.classes), "label_names": data.classes, **data.prepared}
     try:
         with hub_errors(str(base)):
             model = timm.create_model(

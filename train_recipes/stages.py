@@ -33,6 +33,9 @@ CHANGEABLE = (
     "until",
     "alpha",
 )
+NOT_NEGATIVE = ("epochs", "iterations", "lr", "weight_decay", "gate_lr", "channel_lr", "clip")
+# of all recipes and methods: a config may change those of other methods than the one that is run
+NAMES = ("base", "warmup", "iadi", "ddi", "sp", "soft", "hrl", "rl", "hindsight", "sdv", "static", "follow")
 SCHEDULES = ("cosine", "onecycle", "multistep")
 
 
@@ -122,7 +125,7 @@ class Stage:
 
     def largest_norm(self, settings: Settings) -> float | None:
         """What the gradient's norm is limited to, if it is."""
-        if settings.clip_grad or settings.plain:
+        if settings.clip_grad is not None or settings.plain:
             return settings.clip_grad
         return self.clip
 
@@ -151,7 +154,7 @@ class Stage:
             raise RunError(f"stage {self.name} has nothing to reach; found {self.name}.until={value}")
         if not all(map(math.isfinite, parsed if isinstance(parsed, tuple) else [] if key == "schedule" else [parsed])):
             raise RunError(f"{self.name}.{key} must be finite; found {value}")
-        if key in ("clip", "epochs", "iterations") and parsed < 0:
+        if key in NOT_NEGATIVE and parsed < 0:
             raise RunError(f"{self.name}.{key} must be 0 or above; found {value}")
         fresh: dict[str, Any] = {"iterations": None} if key == "epochs" else {}
         return replace(self, **fresh, **{key: parsed})

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import data as datasets
 import results
+from images import DataError
 from options import Settings
 from planning import STARTS
 from processes import Sums, peak_memory, seed_everything, track
@@ -147,7 +148,7 @@ class Trainer:
                 self._learn(running, x.contiguous(memory_format=torch.channels_last), y)
                 if self.progress.reached:
                     break
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, DataError) as error:
             raise self._explained(error, running) from error
         finally:
             running.bar.close()
@@ -196,10 +197,10 @@ class Trainer:
             self._after_step(running)
 
     def _explained(self, error: Exception, running: Running) -> Exception:
-        """What a full disk or a dead worker is to be called."""
+        """What a full disk, a corrupt image or a dead worker is to be called."""
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             return error
-        text = str(error).strip().splitlines()[-1]
+        text = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
         return RunError(f"stage {running.stage.name} stopped at step {self.progress.step}: {text}; {self._kept()}")
 
     def _kept(self) -> str:

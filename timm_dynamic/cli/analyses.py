@@ -145,11 +145,13 @@ def _held_out(
 def _known_held_out(subject: Subject) -> int:
     """How many training images a network never saw: what its run's settings say, or else what it was shipped with.
 
-    Fewer are the first ones of more: see `held_out_places` of the package's `evaluation`.
+    Fewer are the first ones of more: see `held_out_places` of the package's `evaluation`. A run that read its images
+    from elsewhere than a folder had them in another order.
     """
     calibrated = subject.summary.get("calibrated") or {}
     shipped = calibrated.get("images", 0) if calibrated.get("held_out") else 0
-    return max(subject.settings.get("holdout") or 0, shipped)
+    same_order = subject.settings.get("dataset", "folder") in ("folder", "imagenet")
+    return max((subject.settings.get("holdout") or 0) if same_order else 0, shipped)
 
 
 def run_folder(name: str) -> Path | None:
