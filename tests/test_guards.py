@@ -419,3 +419,11 @@ def test_nobody_leaves_by_confidence_without_classes_to_choose_from(classes: int
     other = td.set_budget(cifar(), confidence=0.9)
     other.reset_classifier(classes)
     assert (td.decide(other, X).exit_index == len(other.exits)).all()
+
+
+def test_a_compiled_model_is_not_taken_for_another_kind() -> None:
+    model = cifar()
+    with pytest.raises(ValueError, match=r"found OptimizedModule around one: give its \._orig_mod"):
+        td.decide(torch.compile(model), X)
+    with pytest.raises(ValueError, match=r"found DataParallel around one: give its \.module"):
+        td.cost_table(nn.DataParallel(model), SIZE)

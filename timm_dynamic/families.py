@@ -232,8 +232,12 @@ def family(model: nn.Module) -> Family:
     for cls in type(model).__mro__[:2]:  # the stock class, or the dynamic one made from it
         if cls in FAMILIES:
             return FAMILIES[cls]
+    wrapped = next(
+        (name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, None), nn.Module)), None
+    )
     raise ValueError(
         f"no units to gate in {model_name(model)!r}: a ResNet or DenseNet from timm or torchvision is needed"
+        + (f"; found {type(model).__name__} around one: give its .{wrapped}" if wrapped else "")
     )
 
 
