@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import timm_dynamic as td
 from timm_dynamic.analysis_report import Images, Subject, Work, analyse
 from timm_dynamic.cli import app
-from timm_dynamic.cli.analyses import _known_held_out
+from timm_dynamic.cli.analyses import _known_held_out, _subject
 from timm_dynamic.hub import save_pretrained
 from timm_dynamic.paper_claims import PAPER_CLAIMS
 from timm_dynamic.sections_images import tiles
@@ -235,6 +235,23 @@ def test_some_images_of_a_plain_network(data: Path, tmp_path: Path) -> None:
 )
 def test_what_a_network_never_saw(settings: dict[str, Any], summary: dict[str, Any], known: int) -> None:
     assert _known_held_out(Subject("net", network("layer"), settings, summary)) == known
+
+
+@pytest.mark.parametrize(
+    ("settings", "scratch"),
+    [
+        ({}, False),
+        ({"base": None, "stages": [{"name": "hrl"}]}, True),
+        ({"base": None, "stages": [{"name": "base"}, {"name": "sp"}, {"name": "hrl"}]}, False),
+        ({"base": "runs/base", "stages": [{"name": "hrl"}]}, False),
+    ],
+)
+def test_what_nobody_trained_is_no_dense_base(settings: dict[str, Any], scratch: bool, tmp_path: Path) -> None:
+    """A run from scratch notes its first, random network as the dense one."""
+    metrics = {"dense": {"accuracy": 0.1, "macs": 1.0}}
+    td.save_pretrained(network("layer"), tmp_path, metrics=metrics)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert ("dense" not in _subject(str(tmp_path), "cpu").summary) == scratch
 
 
 def test_the_base_is_taken_from_beside_or_from_what_was_noted() -> None:

@@ -175,13 +175,21 @@ def _subject(name: str, device: str) -> Subject:
     shown = Path(source.removeprefix("local-dir:")).resolve().name if source.startswith("local-dir:") else name
     if folder is None:
         return Subject(shown, model)
-    base = folder / BASE
+    settings, base = settings_of(folder), folder / BASE
     dense = load(f"local-dir:{base}", pretrained=True).to(device) if (base / CONFIG).is_file() else None
     with bad_input(ValueError, OSError, about=f"{folder} is damaged"):
         summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else metrics_of(folder)
         lines = folder / METRICS
         rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
-        return Subject(shown, model, settings_of(folder), summary or {}, rows, dense)
+    if _from_scratch(settings):
+        summary, dense = {key: value for key, value in (summary or {}).items() if key != "dense"}, None
+    return Subject(shown, model, settings, summary or {}, rows, dense)
+
+
+def _from_scratch(settings: dict[str, Any]) -> bool:
+    """Whether a run trained gates from its first step on: what it calls dense is a network that nobody trained."""
+    stages = settings.get("stages") or [{"name": None}]
+    return settings.get("base") is None and stages[0]["name"] in ("hrl", "rl")
 
 
 def _folder_of(source: str, model: Any = None) -> Path | None:
