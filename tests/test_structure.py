@@ -142,7 +142,7 @@ print(took, *sorted(({{name.split(".")[0] for name in set(sys.modules) - before}
 def test_importing_is_quick_and_quiet() -> None:
     """At most 0.3 s of the processor beyond timm and torch, no network, and nothing heavy that is not needed yet."""
     found = []
-    for _ in range(3):  # a busy machine may be slow once
+    for _ in range(6):  # a busy machine may be slow for a while
         answer = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
         took, *heavy = answer.stdout.split()
         assert heavy == []
