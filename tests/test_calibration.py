@@ -151,18 +151,19 @@ def test_needs_the_parts_that_it_moves() -> None:
 
 
 def test_a_cost_is_met_without_labels() -> None:
-    """On other images of the same kind within 4 points; what cannot be met is come as near to as can be."""
+    """On other images of the same kind within 2 points; what cannot be met is come as near to as can be."""
     model = _model()
     del model.exits
-    known, other = [x for x, _ in _images(256, 1, 16)], _images(256, 2, 16)
+    known, other = [x for x, _ in _images(256, 1)], _images(256, 2)
     for wanted in (0.4, 0.6, 0.8):
         met = meet_cost(model, known, wanted, agreement=0.0)
         assert abs(met - wanted) < 0.01
         with torch.no_grad():
-            assert abs(_share(model, other) - wanted) < 0.04
+            assert abs(_share(model, other) - wanted) < 0.02
     before = model.layer_gates.threshold.clone()
     assert meet_cost(model, known, met) == met
     assert torch.equal(model.layer_gates.threshold, before), "no other threshold was nearer"
+    known = [x for x, _ in _images(256, 1, 16)]  # what follows does not depend on how large they are
     assert 0.98 < meet_cost(model, known, 5.0) < 1.02
     td.set_execution(model, "masked")
     said = torch.cat([model(x).argmax(1) for x in known])

@@ -82,13 +82,16 @@ class Exits(Exact):
     @property
     def levels(self) -> tuple[float, ...]:
         """How sure an image that leaves in eval is at least, for each exit: `confidence`, read when it has changed."""
+        self._read_again()
+        return self._levels
+
+    def _read_again(self) -> None:
         here = self.confidence
         if torch.compiler.is_compiling() or here.device.type == "meta":
-            return self._levels
+            return
         version = -1 if here.is_inference() else here._version  # raised by whatever writes into the buffer
         if self._read is None or self._read[0] is not here or self._read[1] != version or version < 0:
             self._levels, self._read = tuple(here.tolist()), (here, version)
-        return self._levels
 
     @property
     def calibrated(self) -> bool:
@@ -105,7 +108,7 @@ class Exits(Exact):
 
 def _read_levels(exits: nn.Module, keys: object) -> None:
     assert isinstance(exits, Exits)
-    assert len(exits.levels) == len(exits)  # which reads them, for what is compiled before they are asked for again
+    exits._read_again()  # now, for what is compiled before they are asked for
 
 
 def confident(logits: Tensor, confidence: float) -> Tensor:
