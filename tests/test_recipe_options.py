@@ -56,7 +56,7 @@ def test_a_config_may_change_stages_of_other_methods(
     assert [(stage.name, stage.lr) for stage in seen[1][0]] == [("hrl", 0.003)]
     assert call(skipnet, "--method", "sp", "--stage", "hrl.lr=1") == 1, "what is asked for has to be there"
     assert call(skipnet, "--config", written(tmp_path, stages={"ps": {"lr": 1}})) == 1
-    assert "found '?ps.lr=1'" in capsys.readouterr().err
+    assert "found 'ps.lr=1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stages", [["sp"], {"sp": None}, "sp"])

@@ -41,12 +41,13 @@ def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
     """
     found = {stage.name: stage for stage in (_from_policy(stages, settings) if settings.start else stages)}
     for change in settings.stage:
-        where, _, value = change.removeprefix(WHERE_IT_IS).partition("=")
+        said = change.removeprefix(WHERE_IT_IS)
+        where, _, value = said.partition("=")
         name, _, key = where.partition(".")
-        if change.startswith(WHERE_IT_IS) and name in NAMES and name not in found:
+        if said != change and name in NAMES and name not in found:
             continue
         if name not in found or not key or not value:
-            raise RunError(f"--stage needs STAGE.FIELD=VALUE with a stage of {', '.join(found)}; found {change!r}")
+            raise RunError(f"--stage needs STAGE.FIELD=VALUE with a stage of {', '.join(found)}; found {said!r}")
         found[name] = found[name].changed(key, value)
     if settings.base and settings.recipe != "base":  # base.py trains on from it
         found.pop("base", None)
