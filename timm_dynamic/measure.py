@@ -61,7 +61,7 @@ def cost_table(
         table = alone(lambda: build_table(on_meta(counted), size, EnergyMeter(config)), model, size)
         return table if config.parts is None else table.with_parts(config.parts)
     families.units(model)
-    with modes_kept(model):
+    with modes_kept(model), torch.cuda.device_of(next(model.parameters())):
         return _measure_latency(model.eval(), size)
 
 
@@ -123,7 +123,7 @@ class LatencyMeter:
 
 
 def timings(work: Callable[[], Any], rounds: int) -> list[float]:
-    """Milliseconds of each of some runs, on whatever device the work ends on."""
+    """Milliseconds of each of some runs, on a CPU or on the current GPU."""
     found = []
     for _ in range(rounds):
         if torch.cuda.is_available():

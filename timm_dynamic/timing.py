@@ -14,13 +14,15 @@ class Clock:
     """Measures work by the wall clock, and by the device's own."""
 
     def __init__(self, device: str, threads: int) -> None:
-        self.cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
         self.own = time.thread_time if threads == 1 else time.process_time
 
     def time(self, work: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
         """Milliseconds of some calls."""
         if self.cuda:
-            return self._time_cuda(work, calls)
+            with torch.cuda.device(self.device):
+                return self._time_cuda(work, calls)
         wall, own = time.perf_counter(), self.own()
         for _ in range(calls):
             work()
@@ -51,7 +53,10 @@ def peak_bytes(model: Any, run: Callable[[], Any], cuda: bool) -> int | None:
     held = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     slices = getattr(getattr(model, "dynamic", None), "slices", None) or {}
     held |= {id(t): t.numel() * t.element_size() for pair in slices.values() for t in pair if t is not None}
-    return sum(held.values()) + (_peak_cuda(run) if cuda else _peak_cpu(run))
+    if not cuda:
+        return sum(held.values()) + _peak_cpu(run)
+    with torch.cuda.device_of(next(model.parameters())):
+        return sum(held.values()) + _peak_cuda(run)
 
 
 def _peak_cuda(run: Callable[[], Any]) -> int:

@@ -206,7 +206,7 @@ def time_side_by_side(
         rounds: timed runs of each network.
         threads: how many torch uses: with one, the time of this thread is measured, else that of all.
     """
-    clock, order = Clock(images.device.type, threads), random.Random(0)
+    clock, order = Clock(str(images.device), threads), random.Random(0)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with torch.inference_mode():
         for r in range(-WARM, rounds):
