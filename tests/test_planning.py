@@ -114,6 +114,37 @@ def test_what_is_opened_at_the_end_was_seen_by_later_gates(start: Path, tmp_path
     assert gates.config.memory == "all"
 
 
+@pytest.mark.parametrize("method", ["sp", "hrl", "sp+hrl"])
+def test_any_method_can_leave_the_last_units_alone_to_the_gates(method: str, start: Path, tmp_path: Path) -> None:
+    options = {"start": start, "method": method, "free": 2, "shut": 0.0, "open": 1.0}
+    follow, *trained = planned(skipnet.METHODS[method], settings(tmp_path, "skipnet", **options))
+    assert names([follow, *trained]) == ["follow", *method.split("+")]
+    assert follow.surgery is not None
+    model = timm.create_model("resnet20_cifar", num_classes=10)
+    follow.surgery(model, settings(tmp_path, "skipnet", **options))
+    free = [place for place, digit in enumerate(POLICY) if digit == "1"][-2:]
+    known = {place: digit == "1" for place, digit in enumerate(POLICY) if place not in free}
+    assert model.layer_gates.settled == known, "before the first step"
+    assert model.layer_gates.config.memory == "free"
+    all_left = td.add_layer_gates(timm.create_model("resnet20_cifar"), "rnn")
+    follow.surgery(td.strip(all_left), settings(tmp_path, "skipnet", **{**options, "free": None}))
+    assert all_left.layer_gates.settled == {p: False for p, digit in enumerate(POLICY) if digit == "0"}
+
+
+def test_two_free_units_are_trained_by_sp_and_hrl(start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--method", "sp+hrl", "--start", start, "--free", 2, "--certainty", "--shut", 0.0, "--open", 1.0)
+    assert call(skipnet, *options, "--target", 0.5, "--gain", "--output", run, *FEW) == 0
+    found, before = (timm.create_model(f"local-dir:{at}", pretrained=True) for at in (run, start))
+    free = [place for place, digit in enumerate(POLICY) if digit == "1"][-2:]
+    assert {place for place in range(len(POLICY)) if place not in free} <= set(found.layer_gates.settled)
+    skipped = POLICY.index("0")
+    assert skipped not in free
+    unit, other = (dict(model.named_modules())[found.layer_gates.gated[skipped]] for model in (found, before))
+    assert torch.allclose(unit.conv1.weight, other.conv1.weight, atol=1e-3), "shut: only weight decay moves it"
+    assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+
+
 def test_the_certainty_of_the_classifier_is_told(
     start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +221,19 @@ def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: p
         (("--start", start, "--free", 5), "from 1 to 4 units of the policy 01011010"),
         (("--start", start, "--information", 0.1), "no use for --information; found 0.1"),
         (("--start", start, "--target", 0.9), "--target must lie between 0."),
+    ):
+        assert call(skipnet, *few, *options) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists(), "nothing may have been begun"
+
+
+def test_what_free_units_need_is_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--free", 2, "--output", tmp_path / "run", *FEW)
+    for options, message in (
+        (("--open", 1.0), "give --start, and a method that trains them"),
+        (("--start", start, "--method", "static", "--policy", POLICY), "give --start, and a method that trains them"),
+        (("--start", start), "--free needs --open"),
+        (("--start", start, "--open", 1.0, "--free", 5), "from 1 to 4 units of the policy 01011010"),
     ):
         assert call(skipnet, *few, *options) == 1
         assert message in capsys.readouterr().err

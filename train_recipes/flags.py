@@ -101,8 +101,8 @@ FLAGS = {
     "open": _flag(
         float | None,
         "Open units for good that at least this share of the training images run: their gates are no longer asked, "
-        "which saves time. At the end, and for hindsight from the first step on those that --free does not leave to "
-        "the gates.",
+        "which saves time. At the end, and for hindsight or with --free from the first step on those that are not left "
+        "to the gates.",
     ),
     # Exits
     "exits_after": _flag(
@@ -134,7 +134,11 @@ FLAGS = {
     "plain": _flag(bool, "The paper's plain form: no baseline, moving batch norms, no added terms, gates as fast."),
     "keep": _flag(float, "Share of the units that sdv runs."),
     "policy": _flag(str | None, "For static: 1 or 0 for each gated unit, as in 11010110."),
-    "free": _flag(int, "For hindsight: how many of the policy's last units are left to the gates."),
+    "free": _flag(
+        int | None,
+        "With --start: how many of its policy's last units are left to the gates; hindsight leaves 3 unless told. "
+        "Other methods leave all, and need --open, which opens the others from the first step on.",
+    ),
     "gain": _flag(bool, "Afterwards train the best static policy for as long, and report the adaptive gain."),
 }
 

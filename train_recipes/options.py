@@ -21,8 +21,9 @@ STAGES = "train_recipes.stages"  # where a click context keeps a config's change
 WHERE_IT_IS = "?"  # before a change of a stage: that the method at hand may lack it
 PREFIXES = ("skipnet_", "iadi_", "ddi_")
 TRACKERS = ("tensorboard", "trackio", "wandb")
+FREE = 3  # units that hindsight leaves to the gates
 # What may differ when a run is resumed: it does not change the numbers.
-FREE = ("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain")
+MAY_DIFFER = ("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain")
 POSITIVE = ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size", "max_steps", "image_size")
 NOT_NEGATIVE = (
     *("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy", "seed", "workers", "threads"),
@@ -89,7 +90,7 @@ class Settings:
     plain: bool = False
     keep: float = 0.6
     policy: str | None = None
-    free: int = 3
+    free: int | None = None
     gain: bool = False
 
     @property
@@ -105,9 +106,14 @@ class Settings:
                 return self.model.removeprefix(prefix)
         return self.model
 
+    @property
+    def left_free(self) -> int | None:
+        """How many of the last units of --start's policy are left to the gates; None for all gates of the network."""
+        return FREE if self.free is None and self.method == "hindsight" else self.free
+
     def fixed(self) -> dict[str, Any]:
         """What must be the same when the run is resumed, as JSON values."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in FREE}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in MAY_DIFFER}
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
@@ -188,6 +194,12 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError("--policy and --method static go together; found one without the other")
     if found.method == "hindsight" and found.start is None:
         raise RunError("--method hindsight starts from a finished run of --method static: give --start")
+    if found.free is not None and (found.start is None or found.method == "static"):
+        raise RunError(
+            "--free leaves the last units of --start's policy to the gates: give --start, and a method that trains them"
+        )
+    if found.free is not None and found.method != "hindsight" and found.open is None:
+        raise RunError("--free needs --open: the units that it does not leave to the gates are opened")
     if found.method == "hindsight" and found.information:
         raise RunError(f"--method hindsight has no use for --information; found {found.information}")
 

@@ -61,8 +61,8 @@ def planned(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
 def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, ...]:
     """The stages of a run that starts from a network of one policy: its gates follow that before they leave it."""
     layers, channels = start_policy(settings)  # fails where there is none
-    if settings.method == "hindsight":
-        _check_free(layers, channels, settings)
+    if settings.left_free is not None:
+        _check_free(layers, channels, settings.left_free)
     for place, stage in enumerate(stages):
         if stage.surgery in STARTS:
             follow = replace(FOLLOW, surgery=STARTS[stage.surgery])
@@ -135,13 +135,13 @@ def _from_trunk(surgery: Surgery) -> Surgery:
 
 
 def _settle_by_policy(model: Any, settings: Settings) -> None:
-    """With --shut, shut what the policy never runs; with --open, open what hindsight does not leave to the gates."""
+    """With --shut, shut what the policy never runs; with --open, open what is not left to the gates."""
     layers, _ = start_policy(settings)
     names = model.layer_gates.gated
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
     if opens_first(settings):
-        stay = without_last(layers, settings.free)
+        stay = without_last(layers, settings.left_free or 0)
         td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
 
 
@@ -174,28 +174,29 @@ def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0)
 
 
-def _check_free(layers: str, channels: str, settings: Settings) -> None:
-    """Whether the gates can be left the last units of the policy."""
+def _check_free(layers: str, channels: str, free: int) -> None:
+    """Whether the gates can be left so many of the last units of the policy."""
     if channels:
-        raise RunError(f"--method hindsight starts from a policy of layers; found {layers}:{channels}")
+        raise RunError(f"--method hindsight and --free start from a policy of layers; found {layers}:{channels}")
     try:
-        without_last(layers, settings.free)
+        without_last(layers, free)
     except ValueError as error:
-        raise RunError(f"--free {settings.free}: {error}") from error
+        raise RunError(f"--free {free}: {error}") from error
 
 
 def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     """Gates learn when the last units of the policy that training started from are worth their cost."""
     settings, more = outlook.settings, steering(outlook)
     layers, _ = start_policy(settings)
+    free = settings.left_free or 0
     try:
-        task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=settings.free, **more)
+        task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=free, **more)
     except ValueError as error:
         raise RunError(f"--start {settings.start}: {error}") from error
     cheap, dear = task.shares(outlook.input_size)
     if task.target is not None and not cheap < task.target < dear and not settings.max_steps:  # a dry run goes on
         raise RunError(
             f"--target must lie between {cheap:.3f} and {dear:.3f}, the shares of the dense cost without and with the "
-            f"{settings.free} units left to the gates; found {task.target}"
+            f"{free} units left to the gates; found {task.target}"
         )
     return task

@@ -174,8 +174,8 @@ def _numbers(key: str, value: str) -> int | float | tuple[float, ...]:
 
 
 def opens_first(settings: Settings) -> bool:
-    """Whether units are opened before gates are trained: all that hindsight does not leave to them."""
-    return settings.open is not None and settings.method == "hindsight"
+    """Whether units are opened before gates are trained: all that hindsight, or --free, does not leave to them."""
+    return settings.open is not None and settings.left_free is not None
 
 
 def settles_first(settings: Settings) -> bool:
