@@ -11,7 +11,7 @@ import torch
 from test_recipes import RunError, Stage, base, call, ddi, iadi, planned, settings, skipnet
 
 import timm_dynamic as td
-from planning import try_start
+from planning import start_policy, try_start
 
 POLICY = "01011010"
 FEW = ["--image-size", 16, "--batch-size", 16, "--max-steps", 2, "--evaluations", 1, "--threads", 1]
@@ -102,6 +102,21 @@ def test_what_the_policy_never_runs_is_shut_and_images_leave_early(
         summary = json.loads((run / "summary.json").read_text())
         assert (summary["dynamic"]["macs"] < summary["exits"][-1]["macs"]) == early
         share = summary["exits"][0]["macs"] / summary["dense"]["macs"]
+    go_on_from_the_settled_network(tmp_path, capsys)
+
+
+def go_on_from_the_settled_network(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What has no gates to ask any more is a network of one policy, exits or not; what has is none."""
+    options = ("--method", "sp", "--free", 1, "--shut", 0.0, "--open", 1.0, *FEW)
+    assert call(skipnet, *options, "--start", runs / "False", "--output", runs / "none") == 1
+    assert "tells of no policy, and of no network whose units are all open" in capsys.readouterr().err
+    assert not (runs / "none").exists()
+    found = settings(runs, "skipnet", start=runs / "True")
+    assert start_policy(found) == (POLICY, "")
+    assert call(skipnet, *options, "--start", runs / "True", "--output", runs / "on") == 0
+    model = timm.create_model(f"local-dir:{runs / 'on'}", pretrained=True)
+    assert not hasattr(model, "exits")
+    assert {place for place, digit in enumerate(POLICY) if digit == "0"} <= set(model.layer_gates.settled)
 
 
 def test_what_is_opened_at_the_end_was_seen_by_later_gates(start: Path, tmp_path: Path) -> None:

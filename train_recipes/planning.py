@@ -77,19 +77,33 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
 
 
 def start_policy(settings: Settings) -> tuple[str, str]:
-    """The policy of the finished static run that --start names: digits for layers, digits for channel groups."""
-    file = Path(settings.start or "") / SETTINGS
+    """The policy of the finished run that --start names: digits for layers, digits for channel groups.
+
+    A static run tells it; in a network whose units are all settled it is what they are settled to.
+    """
+    root = Path(settings.start or "")
     try:
-        policy = json.loads(file.read_text())["policy"]
-    except (OSError, ValueError, KeyError, TypeError):
+        policy = json.loads((root / SETTINGS).read_text())["policy"]
+        policy = policy if isinstance(policy, str) else _settled_policy(root)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         policy = None
-    if not isinstance(policy, str):
+    if policy is None:
         raise RunError(
-            f"--start needs the folder of a finished run of --method static; found {settings.start}, where "
-            f"{SETTINGS} tells of no policy"
+            f"--start needs the folder of a finished run of --method static; found {settings.start}, where {SETTINGS} "
+            "tells of no policy, and of no network whose units are all open or shut for good"
         )
     layers, _, channels = policy.partition(":")
     return layers, channels
+
+
+def _settled_policy(root: Path) -> str | None:
+    """The one policy that a finished run's network has, up to where images leave; None if it decides."""
+    with torch.random.fork_rng():
+        model = timm.create_model(f"local-dir:{root}", pretrained=True)
+    gates = getattr(model, "layer_gates", ())
+    if not gates or hasattr(model, "channel_gates") or len(gates.settled) < len(gates):
+        return None
+    return "".join(str(int(gates.settled[place])) for place in range(len(gates)))
 
 
 def take_trunk(model: nn.Module, settings: Settings) -> None:
