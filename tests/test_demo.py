@@ -273,16 +273,19 @@ def test_a_folder_without_a_base_is_shown_beside_itself(tmp_path: Path) -> None:
     assert pair[1:] == (None, demo_compare.SAME_WEIGHTS, None)
 
 
-def test_shipped_weights_are_shown_beside_the_base_they_were_trained_from(
+def test_shipped_weights_are_shown_beside_the_best_base_of_their_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
     config = timm.models.PretrainedCfg(file=str(file))
-    monkeypatch.setattr(timm, "list_pretrained", lambda _: ["resnet20_cifar.cifar100", "resnet20_cifar.cifar10"])
+    accuracies = {"cifar100": 0.9, "cifar10": 0.8, "cifar10_more": 0.85, "cifar10_other": 0.82, "svhn2": 0.95}
+    known = {f"resnet20_cifar.{tag}": {"metrics": {"accuracy": value}} for tag, value in accuracies.items()}
+    monkeypatch.setattr(timm, "list_pretrained", lambda _: list(known))
+    monkeypatch.setattr(demo_compare, "config_of", known.get)
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: config)
     base_beside = demo_compare._base_beside
-    assert base_beside("skipnet_resnet20_cifar.cifar10_hrl") == "resnet20_cifar.cifar10"
+    assert base_beside("skipnet_resnet20_cifar.cifar10_hrl") == "resnet20_cifar.cifar10_more"
     assert base_beside("ddi_resnet20_cifar.cifar100") == "resnet20_cifar.cifar100"
     assert base_beside("ddi_resnet20_cifar.svhn") is None
     assert base_beside("hf-hub:org/ddi_resnet20_cifar.cifar10") is None

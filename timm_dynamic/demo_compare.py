@@ -24,12 +24,13 @@ from .evaluation import latency
 from .gates import gate_parts
 from .inference import optimize_for_inference
 from .safety import CONFIG, WEIGHTS
+from .shipped import config_of
 from .surgery import strip
 from .walk import dynamic_of, table_for
 
 DEFAULT = "ddi_resnet38_cifar.cifar10_anytime"  # the network that is shown if none is named
 SAME_WEIGHTS = "the same weights with every unit run: no gates, no exits"
-STOCK = "the stock network that it was made from, trained without gates"
+STOCK = "the stock network, trained without gates"
 RUNS = 5  # of each network, of which the median is taken
 TIMED_SECONDS, MOST_TRIES = 0.6, 20  # for how long that is tried again
 
@@ -96,13 +97,24 @@ def _base_beside(name: str) -> str | None:
         return f"local-dir:{folder}" if all((folder / part).is_file() for part in (CONFIG, WEIGHTS)) else None
     if source is not None:
         return None
-    plain, _, tag = place.partition(".")
-    base = split_name(plain)[1]
-    for full in timm.list_pretrained(base + ".*"):  # "cifar10_hrl" was trained from "cifar10"
-        file = getattr(timm.get_pretrained_cfg(full), "file", None)
-        if f"{tag}_".startswith(f"{full.partition('.')[2]}_") and file and Path(file).is_file():
-            return full
-    return None
+    base = split_name(place.partition(".")[0])[1]
+    found = [full for full in timm.list_pretrained(base + ".*") if _data(full) == _data(place) and _is_here(full)]
+    return max(found, key=_accuracy, default=None)  # the strongest of them is what a user would take instead
+
+
+def _data(full: str) -> str:
+    """What a tag says of the data: cifar10 of resnet20_cifar.cifar10_40epochs."""
+    return full.partition(".")[2].partition("_")[0]
+
+
+def _is_here(full: str) -> bool:
+    file = getattr(timm.get_pretrained_cfg(full), "file", None)
+    return bool(file) and Path(str(file)).is_file()
+
+
+def _accuracy(full: str) -> float:
+    """What a shipped network recognised when it was measured; 0 if that is not known."""
+    return float((config_of(full) or {}).get("metrics", {}).get("accuracy", 0))
 
 
 @dataclass(frozen=True)
