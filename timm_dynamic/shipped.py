@@ -22,12 +22,16 @@ ON_HUB: dict[str, str] = {}
 
 
 def shipped() -> dict[str, dict[str, PretrainedCfg]]:
-    """The models in the folder: their configs for timm, by architecture and tag, tags in alphabetical order."""
+    """The models in the folder: their configs for timm, by architecture and tag.
+
+    The most accurate of an architecture stands first: timm takes that where no tag is given.
+    """
+    folders = [path.parent for path in sorted(FOLDER.glob(f"[!.]*/{CONFIG}"))]
     found: dict[str, dict[str, PretrainedCfg]] = {}
-    for path in sorted(FOLDER.glob(f"[!.]*/{CONFIG}")):
-        name, _, tag = path.parent.name.partition(".")
-        found.setdefault(name, {})[tag] = _pretrained_cfg(path.parent)
-    return found
+    for folder in sorted(folders, key=_accuracy, reverse=True):  # equal ones stay in alphabetical order
+        name, _, tag = folder.name.partition(".")
+        found.setdefault(name, {})[tag] = _pretrained_cfg(folder)
+    return dict(sorted(found.items()))
 
 
 def names() -> list[str]:
@@ -55,6 +59,12 @@ def config_of(full: str) -> dict[str, Any] | None:
         return None
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config
+
+
+def _accuracy(folder: Path) -> float:
+    """The accuracy on the card of a shipped model; 0 if it has none."""
+    metrics = (config_of(folder.name) or {}).get("metrics") or {}
+    return float(metrics.get("accuracy") or 0.0)
 
 
 def _pretrained_cfg(folder: Path) -> PretrainedCfg:
