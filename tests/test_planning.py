@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -164,6 +165,19 @@ def test_two_free_units_are_trained_by_sp_and_hrl(start: Path, tmp_path: Path) -
 
     assert turned(skipped) < 1e-6 < 1e-5 < turned(opened), "what is shut is not trained"
     assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", [iadi, ddi])
+def test_channel_gates_beside_free_units(recipe: Any, start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--start", start, "--free", 2, "--shut", 0.0, "--open", 1.0, "--channel-mode", "nested")
+    assert call(recipe, *options, "--target", 0.5, "--output", run, *FEW) == 0
+    found = timm.create_model(f"local-dir:{run}", pretrained=True)
+    free = [place for place, digit in enumerate(POLICY) if digit == "1"][-2:]
+    assert {place for place in range(len(POLICY)) if place not in free} <= set(found.layer_gates.settled)
+    assert found.layer_gates.config.memory == "free"
+    assert len(found.channel_gates) == len(POLICY)
+    assert hasattr(found, "exits") == (recipe is ddi)
 
 
 def test_the_certainty_of_the_classifier_is_told(

@@ -150,12 +150,12 @@ TRAINING = (
 )
 GATES = (
     *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy", "distill"),
-    *("information", "shut", "open", "gain"),
+    *("information", "shut", "open", "free", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exits_after", "exit_weighting", "distill_exits", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
-POLICIES = ("keep", "policy", "free")
+POLICIES = ("keep", "policy")
 
 
 def takes(*groups: tuple[str, ...], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
