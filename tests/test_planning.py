@@ -110,7 +110,7 @@ def go_on_from_the_settled_network(runs: Path, capsys: pytest.CaptureFixture[str
     """What has no gates to ask any more is a network of one policy, exits or not; what has is none."""
     options = ("--method", "sp", "--free", 1, "--shut", 0.0, "--open", 1.0, *FEW)
     assert call(skipnet, *options, "--start", runs / "False", "--output", runs / "none") == 1
-    assert "tells of no policy, and of no network whose units are all open" in capsys.readouterr().err
+    assert "tells of no policy, and weights are of no such network" in capsys.readouterr().err
     assert not (runs / "none").exists()
     found = settings(runs, "skipnet", start=runs / "True")
     assert start_policy(found) == (POLICY, "")
@@ -194,6 +194,36 @@ def test_the_certainty_of_the_classifier_is_told(
     assert not (tmp_path / "dense").exists(), "said before anything is trained"
 
 
+def test_a_trained_network_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its weights and policy, and the base that is given beside it, as teacher too."""
+    few = ("--method", "sp", "--model", "skipnet_resnet38_cifar", "--output", tmp_path / "run", *FEW)
+    named = ("--start", "ddi_resnet38_cifar.cifar10_anytime")
+    for options, message in (
+        (named, "brings weights and a policy, but no base: give --base"),
+        ((*named, "--base", "resnet20_cifar.cifar10"), "--base resnet20_cifar.cifar10 is neither"),
+        (
+            ("--start", "skipnet_resnet38_cifar.cifar10_hrl", "--base", "resnet38_cifar.cifar10"),
+            "weights are of no such",
+        ),
+        (("--start", "resnet38_cifar.cifar10", "--base", "resnet38_cifar.cifar10"), "weights are of no such network"),
+    ):
+        assert call(skipnet, *options, *few) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    steps = ("--stage", "follow.iterations=1", "--stage", "sp.iterations=1", "--stage", "sp.lr=0", "--distill", 1)
+    given = (*named, "--base", "resnet38_cifar.cifar10_60epochs", "--shut", 0.0, *steps)
+    assert call(skipnet, *given, "--gain", *few[:-6], *FEW[:4], *FEW[6:]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert {0, 1, 2, 3, 4, 7, 8, 9, 10} <= {place for place, run in model.layer_gates.settled.items() if not run}
+    own, trunk = (td.strip(net).state_dict() for net in (model, timm.create_model(named[1], pretrained=True)))
+    assert all(torch.equal(value, trunk[name]) for name, value in own.items() if "conv" in name)
+    base = timm.create_model(f"local-dir:{tmp_path / 'run' / 'base'}", pretrained=True).state_dict()
+    given_base = timm.create_model(given[3], pretrained=True).state_dict()
+    assert all(torch.equal(value, given_base[name]) for name, value in base.items())
+    control = json.loads((tmp_path / "run" / "static" / "settings.json").read_text())
+    assert control["start"] == named[1], "what adapting has to beat goes on from there too"
+
+
 def test_a_base_is_trained_on_from(start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("--model", "resnet20_cifar", "--base", start / "base", "--output", run, "--image-size", 16)
@@ -209,7 +239,7 @@ def test_wrong_starts_are_one_line(start: Path, tmp_path: Path, capsys: pytest.C
     cut = shutil.copytree(start, tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     for options, message in (
-        (("--start", tmp_path), "needs the folder of a finished run of --method static; found"),
+        (("--start", tmp_path), "needs the folder of a finished run of --method static, or a network whose"),
         (("--start", start, "--base", "x"), "--start brings its own base"),
         (("--start", start, "--model", "skipnet_resnet32_cifar"), "holds another model: no layer1.3.conv1.weight"),
         (("--start", cut.parent), f"--start {cut.parent} does not fit --model skipnet_resnet20_cifar"),

@@ -37,8 +37,9 @@ FLAGS = {
     "base": _flag(str | None, "Trained base: a saved folder, a .safetensors file, or a pretrained timm name."),
     "start": _flag(
         Path | None,
-        "Folder of a finished run of --method static, or of one that left no unit to its gates (--shut, --open): "
-        "training starts from its network, and gates from its policy.",
+        "Folder of a finished run of --method static, or of one that left no unit to its gates (--shut, --open), or "
+        "(with --base) a trained network of that kind by its name: training starts from its weights, and gates from "
+        "its policy.",
     ),
     # Training
     "batch_size": _flag(int, "Images of one optimiser step, over all processes."),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import typer
 import yaml
@@ -133,13 +134,27 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     if found.alpha is None and found.target is None:
         found = dataclasses.replace(found, target=target)
     if found.start is not None:
-        if found.base is not None:
-            raise RunError(f"--start brings its own base: give one of the two; found --base {found.base}")
-        found = dataclasses.replace(found, base=str(found.start / "base"))
+        found = dataclasses.replace(found, base=_base_of_start(found.start, found.base))
     if found.precision == "auto":
         found = dataclasses.replace(found, precision="bf16" if fast_bf16() else "fp32")
     _check(found, prefix)
     return found
+
+
+def is_name(start: Path) -> bool:
+    """Whether --start names a trained network, not a run's folder."""
+    return not start.exists() and timm.is_model(str(start))
+
+
+def _base_of_start(start: Path, base: str | None) -> str:
+    """The trained base: a run keeps its own, to a network that is named it has to be given."""
+    if is_name(start):
+        if base is None:
+            raise RunError(f"--start {start} brings weights and a policy, but no base: give --base")
+        return base
+    if base is not None:
+        raise RunError(f"--start brings its own base: give one of the two; found --base {base}")
+    return str(start / "base")
 
 
 def _check(found: Settings, prefix: str) -> None:

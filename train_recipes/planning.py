@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import timm_dynamic as td
-from options import WHERE_IT_IS, Settings
+from options import WHERE_IT_IS, Settings, is_name
 from run_folder import SETTINGS, RunError
 from stages import (
     NAMES,
@@ -77,29 +77,36 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
 
 
 def start_policy(settings: Settings) -> tuple[str, str]:
-    """The policy of the finished run that --start names: digits for layers, digits for channel groups.
+    """The policy of what --start names: digits for layers, digits for channel groups.
 
     A static run tells it; in a network whose units are all settled it is what they are settled to.
     """
-    root = Path(settings.start or "")
+    start = Path(settings.start or "")
     try:
-        policy = json.loads((root / SETTINGS).read_text())["policy"]
-        policy = policy if isinstance(policy, str) else _settled_policy(root)
+        told = None if is_name(start) else json.loads((start / SETTINGS).read_text())["policy"]
+        policy = told if isinstance(told, str) else _settled_policy(settings)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         policy = None
     if policy is None:
         raise RunError(
-            f"--start needs the folder of a finished run of --method static; found {settings.start}, where {SETTINGS} "
-            "tells of no policy, and of no network whose units are all open or shut for good"
+            "--start needs the folder of a finished run of --method static, or a network whose units are all open or "
+            f"shut for good; found {settings.start}, where {SETTINGS} tells of no policy, and weights are of no such "
+            "network"
         )
     layers, _, channels = policy.partition(":")
     return layers, channels
 
 
-def _settled_policy(root: Path) -> str | None:
-    """The one policy that a finished run's network has, up to where images leave; None if it decides."""
-    with torch.random.fork_rng():
-        model = timm.create_model(f"local-dir:{root}", pretrained=True)
+def _start_network(settings: Settings) -> Any:
+    """The trained network that --start names."""
+    start = Path(settings.start or "")
+    with torch.random.fork_rng():  # what is drawn for it is overwritten
+        return timm.create_model(str(start) if is_name(start) else f"local-dir:{start}", pretrained=True)
+
+
+def _settled_policy(settings: Settings) -> str | None:
+    """The one policy that the network has, up to where images leave; None if it decides."""
+    model = _start_network(settings)
     gates = getattr(model, "layer_gates", ())
     if not gates or hasattr(model, "channel_gates") or len(gates.settled) < len(gates):
         return None
@@ -109,9 +116,7 @@ def _settled_policy(root: Path) -> str | None:
 def take_trunk(model: nn.Module, settings: Settings) -> None:
     """The weights of the network that --start names, without its gates."""
     try:
-        with torch.random.fork_rng():  # what is drawn for it is overwritten
-            other = td.strip(timm.create_model(f"local-dir:{settings.start}", pretrained=True))
-        model.load_state_dict(other.state_dict())
+        model.load_state_dict(td.strip(_start_network(settings)).state_dict())
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"--start {settings.start} does not fit --model {settings.model}: {error}") from error
 
