@@ -471,18 +471,20 @@ def test_a_name_without_a_tag_has_its_own_trained_weights(shop: Shop) -> None:
 
 def test_the_most_accurate_is_what_a_name_without_a_tag_gives(shop: Shop, tmp_path: Path) -> None:
     accuracies = {"a": 0.5, "b": 0.75, "c": 0.75, "d": None, "e": 0.625}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shipped, "FOLDER", tmp_path)
-        for tag, accuracy in accuracies.items():
-            folder = tmp_path / f"{BASE}.{tag}"
-            shutil.copytree(shop.weights / PLAIN, folder)
-            config = shop.config(PLAIN)
-            config["metrics"] = {**config["metrics"], "accuracy": accuracy}
-            (folder / "config.json").write_text(json.dumps(config))
+    for tag, accuracy in accuracies.items():
+        folder = tmp_path / f"{BASE}.{tag}"
+        shutil.copytree(shop.weights / PLAIN, folder)
+        config = shop.config(PLAIN)
+        config["metrics"] = {**config["metrics"], "accuracy": accuracy}
+        (folder / "config.json").write_text(json.dumps(config))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shipped, "FOLDER", tmp_path)
+            register()
+            assert list(shipped.shipped()[BASE]) == ["b", "c", "e", "a", "d"]
+            assert timm.get_pretrained_cfg(BASE).tag == timm.get_pretrained_cfg(f"skipnet_{BASE}").tag == "b"
+    finally:
         register()
-        assert list(shipped.shipped()[BASE]) == ["b", "c", "e", "a", "d"]
-        assert timm.get_pretrained_cfg(BASE).tag == timm.get_pretrained_cfg(f"skipnet_{BASE}").tag == "b"
-    register()
 
 
 def test_what_timm_is_told(shop: Shop) -> None:
