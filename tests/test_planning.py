@@ -212,7 +212,7 @@ def test_a_trained_network_by_its_name(tmp_path: Path, capsys: pytest.CaptureFix
         assert not (tmp_path / "run").exists()
     steps = ("--stage", "follow.iterations=1", "--stage", "sp.iterations=1", "--stage", "sp.lr=0", "--distill", 1)
     given = (*named, "--base", "resnet38_cifar.cifar10_60epochs", "--shut", 0.0, *steps)
-    assert call(skipnet, *given, "--gain", *few[:-6], *FEW[:4], *FEW[6:]) == 0
+    assert call(skipnet, *given, "--gain", *few[:-6], *FEW[6:]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert {0, 1, 2, 3, 4, 7, 8, 9, 10} <= {place for place, run in model.layer_gates.settled.items() if not run}
     own, trunk = (td.strip(net).state_dict() for net in (model, timm.create_model(named[1], pretrained=True)))
