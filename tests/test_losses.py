@@ -56,9 +56,9 @@ def test_cost_share_has_the_gradient_of_the_mean() -> None:
 
 
 def test_annealed_target_falls_and_stays() -> None:
-    found = [losses.annealed_target(0.6, progress) for progress in (0.0, 0.25, 0.5, 0.9)]
+    found = [float(losses.annealed_target(0.6, torch.tensor(progress))) for progress in (0.0, 0.25, 0.5, 0.9)]
     assert found == pytest.approx([1.0, 0.8, 0.6, 0.6])
-    assert losses.annealed_target(0.6, 0.0, anneal=0.0) == 0.6
+    assert losses.annealed_target(0.6, torch.tensor(0.0), anneal=0.0) == 0.6
 
 
 def test_multiplier_is_the_gradient_of_the_augmented_lagrangian() -> None:

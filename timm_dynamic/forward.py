@@ -91,8 +91,8 @@ def decide(model: nn.Module, x: Tensor) -> Decisions:
         logits, index, spent = all_logits[-1], len(all_logits) - 1, walk.macs.spent
     else:
         logits, exit_logits, index, spent = leave_early(walk, batch, keep_all=True)
-    macs = torch.as_tensor(spent, device=x.device).expand(batch)
-    cost = torch.as_tensor(walk.price.spent, device=x.device).expand(batch) if walk.price and model.training else macs
+    macs = _for_all(spent, batch, x.device)
+    cost = _for_all(walk.price.spent, batch, x.device) if walk.price and model.training else macs
     blank = torch.full_like(logits.detach(), float("nan"))
     layers = len(walk.layer_gates) if walk.layer_gates is not None else 0
     groups = [len(s) for unit in walk.channel_gates.sizes for s in unit] if walk.channel_gates is not None else []
@@ -105,10 +105,15 @@ def decide(model: nn.Module, x: Tensor) -> Decisions:
         layer_keep=_columns(log.layer_keep, batch, layers, keep_dtype, x.device),
         layer_prob=_columns(log.layer_prob, batch, layers, torch.float32, x.device),
         channel_keep=log.channel_keep + missed,
-        exit_index=torch.as_tensor(index, device=x.device).expand(batch),
+        exit_index=_for_all(index, batch, x.device),
         macs=macs.detach().round().long(),
         cost=cost.float(),
     )
+
+
+def _for_all(value: Any, batch: int, device: torch.device) -> Tensor:
+    """A value of each image [B], or one number for all of them; nothing is copied from the CPU."""
+    return value.expand(batch) if isinstance(value, Tensor) else torch.full((batch,), value, device=device)
 
 
 def _columns(found: list[Tensor], batch: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

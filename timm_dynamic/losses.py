@@ -69,12 +69,12 @@ def cost_share(cost: Tensor, dense_cost: float) -> Tensor:
     return cost.float().mean() / dense_cost
 
 
-def annealed_target(target: float, progress: float, anneal: float = 0.5) -> float:
-    """Target share that falls linearly from 1 to ``target`` while ``progress`` goes from 0 to ``anneal``."""
-    return 1 + (target - 1) * min(1.0, progress / anneal) if anneal > 0 else target
+def annealed_target(target: float, progress: Tensor, anneal: float = 0.5) -> Tensor | float:
+    """Target share that falls linearly from 1 to ``target`` while ``progress`` [] goes from 0 to ``anneal``."""
+    return 1 + (target - 1) * (progress / anneal).clamp(max=1) if anneal > 0 else target
 
 
-def multiplier(alpha: Tensor, share: Tensor, target: float, stiffness: float) -> Tensor:
+def multiplier(alpha: Tensor, share: Tensor, target: Tensor | float, stiffness: float) -> Tensor:
     """Weight of the cost term that holds ``share`` at ``target``.
 
     The gradient of ``alpha * (share - target) + stiffness / 2 * (share - target) ** 2`` with respect to the share: an

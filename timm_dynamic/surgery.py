@@ -189,6 +189,7 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
             is to keep a group without those before it.
     """
     dynamic = dynamic_of(model)
+    device = next(model.parameters()).device
     keeps: dict[str, Any] = {}
     for part, text, wanted in (
         ("layer_gates", layers, len(getattr(model, "layer_gates", ()))),
@@ -196,7 +197,7 @@ def set_policy(model: Any, layers: str = "", channels: str = "") -> Any:
     ):
         if len(text) != wanted or set(text) - {"0", "1"}:
             raise ValueError(f"{part} need {wanted} zeros and ones; found {text!r}")
-        keeps[part] = torch.tensor([[digit == "1" for digit in text]])
+        keeps[part] = torch.tensor([[digit == "1" for digit in text]], device=device)
     if channels and model.channel_gates.config.mode == "nested":
         for part in keeps["channel_gates"][0].split(group_counts(model)):
             if not torch.equal(part, part.sort(descending=True).values):

@@ -44,7 +44,13 @@ def zero_of_all(model: nn.Module) -> Tensor:
 
     The optimiser, and other processes, meet all of them, those that took no part too.
     """
-    return 0 * torch.stack([p.sum().float() for p in model.parameters() if p.requires_grad]).sum()
+    values = [_in_memory_order(p) for p in model.parameters() if p.requires_grad]
+    return 0 * torch.cat(values).sum(dtype=torch.float32)
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """All values in one row, without a copy for weights that are channels-last in memory, as in training."""
+    return (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).reshape(-1)
 
 
 def _keep_ratio(decisions: Decisions) -> Tensor:
@@ -357,12 +363,12 @@ class DynamicTask(nn.Module):
 
     def _cost_weight(self, share: Tensor) -> Tensor:
         """Weight of the cost term for a batch whose mean cost is ``share``; in training it moves alpha one step."""
-        seen = int(self.seen)
+        progress = self.seen / self.steps  # stays on the device: a GPU is not waited for
         if self.training:
             self.seen += 1
         if self.target is None:
             return self.alpha.clone()
-        target = losses.annealed_target(self.target, seen / self.steps, self.anneal)
+        target = losses.annealed_target(self.target, progress, self.anneal)
         weight = losses.multiplier(self.alpha, share, target, self.stiffness)
         if self.training:
             self.alpha += self.rate * (share - target)

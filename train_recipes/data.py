@@ -173,6 +173,21 @@ def hold_out(data: Data, count: int) -> Data:
     return replace(data, train=rest, val=train.images.part(held))
 
 
+SHARE = 4  # of a GPU's memory that images may take: one in so many bytes
+
+
+def on_device(data: Data, device: torch.device) -> Data:
+    """The same data with images that are held in memory moved to a GPU's, where they fit: batches are made there."""
+    train: Any = data.train
+    if device.type != "cuda" or not isinstance(train, Augmented):
+        return data
+    val: Any = data.val
+    wanted = train.images.pixels.nbytes + val.pixels.nbytes
+    if wanted * SHARE > torch.cuda.get_device_properties(device).total_memory:
+        return data
+    return replace(data, train=train.to(device), val=val.to(device))
+
+
 # Loaders -------------------------------------------------------------------------------------------------------------
 
 
@@ -202,4 +217,7 @@ def plain_images(data: Data, count: int, batch_size: int = 128) -> list[Tensor]:
 
 
 def _workers(data: Data, wanted: int | None) -> int:
-    return wanted if wanted is not None else (4 if isinstance(data.train, Folder) else 0)
+    train: Any = data.train
+    if not isinstance(train, Folder) and train.images.pixels.device.type == "cuda":
+        return 0  # what is in a GPU's memory has no use for other processes
+    return wanted if wanted is not None else (4 if isinstance(train, Folder) else 0)

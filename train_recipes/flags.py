@@ -53,6 +53,11 @@ FLAGS = {
     ),
     "ema": _flag(float, "Decay of a moving average of the weights, which is measured and saved; 0 for none."),
     "compile": _flag(bool, "Compile the training step with torch.compile."),
+    "cuda_graph": _flag(
+        bool,
+        "On one GPU: record a step once and replay it, which is faster for small networks; for stages that neither "
+        "sample nor settle decisions.",
+    ),
     "grad_checkpointing": _flag(bool, "Compute units again in the backward pass, to save memory."),
     "epochs_scale": _flag(float, "Factor on the length of every stage."),
     "max_steps": _flag(int | None, "Most optimiser steps of a stage, for a dry run."),
@@ -146,8 +151,8 @@ FLAGS = {
 
 RUN = ("config", "output", "resume", "model", "dataset", "data_dir", "download", "image_size", "holdout", "seed")
 TRAINING = (
-    *("batch_size", "accumulate", "precision", "clip_grad", "ema", "compile", "grad_checkpointing", "epochs_scale"),
-    *("max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
+    *("batch_size", "accumulate", "precision", "clip_grad", "ema", "compile", "cuda_graph", "grad_checkpointing"),
+    *("epochs_scale", "max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
 )
 GATES = (
     *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy", "distill"),

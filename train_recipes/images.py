@@ -70,11 +70,23 @@ class Images(Dataset[Any]):
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.normalise(self.pixels[indices]), self.labels[indices]
+        places = self.places(indices)
+        return self.normalise(self.pixels[places]), self.labels[places]
 
     def part(self, indices: list[int]) -> Images:
         """Some of the images."""
         return Images(self.pixels[indices], self.labels[indices], self.mean, self.std)
+
+    def to(self, device: torch.device) -> Images:
+        """The same images in a device's memory, where batches are made too."""
+        found = Images(self.pixels.to(device), self.labels.to(device), self.mean, self.std)
+        found.scale, found.shift = self.scale.to(device), self.shift.to(device)
+        return found
+
+    def places(self, indices: list[int]) -> Tensor:
+        """Indices where the images are. The copy to a GPU does not wait for what the GPU has to do before it."""
+        found, device = torch.tensor(indices), self.pixels.device
+        return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, C, H, W] -> float, channels-last in memory."""
@@ -107,27 +119,33 @@ class Augmented(Dataset[Any]):
             rng = np.random.default_rng([self.seed, epoch, 1])
             offsets = torch.from_numpy(rng.integers(0, 2 * self.shift + 1, size=(len(self), 2)))
             mirrored = torch.from_numpy(rng.random(len(self)) < (0.5 if self.flip else 0.0))
-            self.drawn = (epoch, offsets, mirrored)
+            device = self.images.pixels.device
+            self.drawn = (epoch, offsets.to(device), mirrored.to(device))
         return self.drawn[1:]
 
     def __getitems__(self, keys: list[Key]) -> tuple[Tensor, Tensor]:
-        indices = [index for _, index in keys]
-        pixels = self.images.pixels[indices]
+        places = self.images.places([index for _, index in keys])
+        pixels = self.images.pixels[places]
         if self.shift or self.flip:
-            epochs = {epoch: self.draws(epoch) for epoch in sorted({epoch for epoch, _ in keys})}
-            offsets = torch.stack([epochs[epoch][0][index] for epoch, index in keys])
-            mirrored = torch.stack([epochs[epoch][1][index] for epoch, index in keys])
+            epochs = sorted({epoch for epoch, _ in keys})
+            mine = self.images.places([epochs.index(epoch) for epoch, _ in keys])
+            drawn = zip(*map(self.draws, epochs), strict=True)  # offsets of all epochs, and mirrorings
+            offsets, mirrored = (torch.stack(part)[mine, places] for part in drawn)
             pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets, mirrored, pixels.shape[2:])
-        return self.images.normalise(pixels), self.images.labels[indices]
+        return self.images.normalise(pixels), self.images.labels[places]
+
+    def to(self, device: torch.device) -> Augmented:
+        """The same with its images in a device's memory."""
+        return Augmented(self.images.to(device), self.shift, self.flip, self.seed)
 
 
 def _crop(padded: Tensor, offsets: Tensor, mirrored: Tensor, size: Sequence[int]) -> Tensor:
     """A window of each image. padded: [B, C, H', W'], offsets: [B, 2], mirrored: [B] -> [B, C, H, W]."""
-    height, width = size
-    rows = offsets[:, :1] + torch.arange(height)  # [B, H]
-    columns = torch.arange(width).expand(len(padded), -1)
+    (height, width), device = size, padded.device
+    rows = offsets[:, :1] + torch.arange(height, device=device)  # [B, H]
+    columns = torch.arange(width, device=device).expand(len(padded), -1)
     columns = offsets[:, 1:] + torch.where(mirrored[:, None], columns.flip(1), columns)  # [B, W]
-    image = torch.arange(len(padded))[:, None, None]
+    image = torch.arange(len(padded), device=device)[:, None, None]
     cropped = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # [B, H, W, C]
     return cropped.permute(0, 3, 1, 2)
 

@@ -54,6 +54,7 @@ class Settings:
     clip_grad: float | None = None
     ema: float = 0.0
     compile: bool = False
+    cuda_graph: bool = False
     grad_checkpointing: bool = False
     epochs_scale: float = 1.0
     max_steps: int | None = None
@@ -198,8 +199,7 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError(f"--ema must be at least 0 and below 1; found {found.ema}")
     if found.batch_size % found.accumulate:
         raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
-    if found.precision == "fp16" and not torch.cuda.is_available():
-        raise RunError("--precision fp16 needs a GPU, whose losses it scales; use bf16 or fp32 here")
+    _check_machine(found)
     unknown = sorted(set(found.tracker) - set(TRACKERS))
     if unknown:
         raise RunError(f"--tracker must be one of {', '.join(TRACKERS)}; found {unknown[0]}")
@@ -217,6 +217,16 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError("--free needs --open: the units that it does not leave to the gates are opened")
     if found.method == "hindsight" and found.information:
         raise RunError(f"--method hindsight has no use for --information; found {found.information}")
+
+
+def _check_machine(found: Settings) -> None:
+    """Refuse what this machine has not."""
+    if found.precision == "fp16" and not torch.cuda.is_available():
+        raise RunError("--precision fp16 needs a GPU, whose losses it scales; use bf16 or fp32 here")
+    if found.cuda_graph and (found.precision == "fp16" or found.accumulate > 1 or found.compile):
+        raise RunError("--cuda-graph records a plain step: not with --precision fp16, --accumulate or --compile")
+    if found.cuda_graph and not torch.cuda.is_available():
+        raise RunError("--cuda-graph needs a GPU with CUDA; found none")
 
 
 def fast_bf16() -> bool:

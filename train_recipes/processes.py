@@ -34,6 +34,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
             f"--batch-size {settings.batch_size} must be a multiple of --accumulate {settings.accumulate} times "
             f"{accelerator.num_processes} processes"
         )
+    if settings.cuda_graph and accelerator.num_processes > 1:
+        raise RunError(f"--cuda-graph is for one process; found {accelerator.num_processes}")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     return accelerator

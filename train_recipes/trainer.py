@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data as datasets
+import graphs
 import results
 from images import DataError
 from options import Settings
@@ -44,6 +45,7 @@ class Running:
     sums: Sums
     bar: Any
     ema: ModelEmaV3 | None
+    graph: graphs.StepGraph | None = None
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -58,7 +60,7 @@ class Trainer:
         self, accelerator: Accelerator, data: datasets.Data, settings: Settings, folder: RunFolder, model: nn.Module
     ):
         self.accelerator = accelerator
-        self.data = data
+        self.data = data = datasets.on_device(data, accelerator.device)
         self.settings = settings
         self.folder = folder
         self.model = self._placed(model)
@@ -157,6 +159,7 @@ class Trainer:
         if running.ema is not None:
             self.model.load_state_dict(running.ema.module.state_dict())
         self.previous = dict(self._own_buffers(running.task))
+        graphs.forget_gradients(self.model)
         self.accelerator.free_memory()
 
     def _say_what_it_took(self, running: Running, begun: float, first: int) -> None:
@@ -180,14 +183,20 @@ class Trainer:
 
     def _learn(self, running: Running, x: Tensor, y: Tensor) -> None:
         """One batch, and what is due after the optimiser's step if it was the last part of one."""
+        if running.graph is None and self.settings.cuda_graph and graphs.takes(running.task):
+            running.graph = graphs.StepGraph(self.accelerator, running.task, x, y)
         with self.accelerator.accumulate(running.task):
-            metrics = running.task(x, y)
-            self.accelerator.backward(metrics["loss"])
+            if running.graph is not None:
+                metrics = running.graph(x, y)
+            else:
+                metrics = running.task(x, y)
+                self.accelerator.backward(metrics["loss"])
             largest = running.stage.largest_norm(self.settings)
             if largest and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
             running.optimizer.step()
-            running.optimizer.zero_grad()
+            if running.graph is None:  # a graph writes the gradients anew
+                running.optimizer.zero_grad()
         running.sums.add(metrics)
         if self.accelerator.sync_gradients:
             self.progress.step += 1
