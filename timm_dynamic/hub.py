@@ -214,7 +214,7 @@ def _config(model: Any, path: Path, metrics: Mapping[str, Any] | None) -> dict[s
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": architecture}}
     if metrics:
         extra["metrics"] = dict(metrics)
-    save_config_for_hf(model, str(path), model_config=extra, model_args=parts)
+    save_config_for_hf(model, path, model_config=extra, model_args=parts)
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not any(parts.values()):
         for part in parts:

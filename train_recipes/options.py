@@ -24,7 +24,10 @@ PREFIXES = ("skipnet_", "iadi_", "ddi_")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 FREE = 3  # units that hindsight leaves to the gates
 # What may differ when a run is resumed: it does not change the numbers.
-MAY_DIFFER = ("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain")
+MAY_DIFFER = (
+    *("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain"),
+    "cuda_graph",
+)
 POSITIVE = ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size", "max_steps", "image_size")
 NOT_NEGATIVE = (
     *("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy", "seed", "workers", "threads"),
