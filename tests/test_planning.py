@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from test_recipes import RunError, Stage, base, call, ddi, iadi, planned, settings, skipnet
 
 import timm_dynamic as td
@@ -222,6 +223,28 @@ def test_a_trained_network_by_its_name(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(torch.equal(value, given_base[name]) for name, value in base.items())
     control = json.loads((tmp_path / "run" / "static" / "settings.json").read_text())
     assert control["start"] == named[1], "what adapting has to beat goes on from there too"
+
+
+def test_a_network_that_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What went wrong with the Hub is said; a stock network, which cannot be started from, is not fetched at all."""
+    asked = []
+
+    def unreachable(name: str, **more: Any) -> Any:
+        asked.append(name)
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("planning.timm.create_model", unreachable)
+    for name, message in (
+        ("skipnet_resnet50", "--start skipnet_resnet50 is not in the cache and the Hub cannot be reached"),
+        ("resnet50", "weights are of no such network"),
+    ):
+        given = ("--start", name, "--base", "resnet50", "--method", "sp", "--model", "skipnet_resnet50")
+        assert call(skipnet, *given, "--output", tmp_path / "run", *FEW) == 1
+        assert message in capsys.readouterr().err
+    assert asked == ["skipnet_resnet50"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_base_is_trained_on_from(start: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,6 +40,22 @@ def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
     assert y.tolist() == [5, 5, 6]
     assert torch.equal(other.__getitems__([(3, 6)])[0][0], x[2])
     assert not torch.equal(x[0], x[1])
+
+
+def test_images_in_a_device_s_memory_make_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's memory holds no more than a quarter of it; the CPU stands for the GPU here."""
+    data = datasets.digits(8, 0)
+    assert datasets.on_device(data, torch.device("cpu")) is data
+    train: Any = data.train
+    keys = [(0, 5), (1, 5), (1, 6)]
+    wanted = train.__getitems__(keys)
+    moved = train.to(torch.device("cpu"))
+    assert moved is not train
+    for found, value in zip(moved.__getitems__(keys), wanted, strict=True):
+        assert torch.equal(found, value)
+    properties = SimpleNamespace(total_memory=4 * 1797 * 3 * 64 - 1)
+    monkeypatch.setattr("data.torch.cuda.get_device_properties", lambda device: properties)
+    assert datasets.on_device(data, torch.device("cuda")) is data, "too large"
 
 
 def test_a_crop_is_a_window_of_the_padded_image() -> None:

@@ -97,6 +97,18 @@ def test_a_printed_command_can_be_given(command: str, seen: Seen, monkeypatch: p
     assert len(seen) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cuda_graph_needs_a_gpu(seen: Seen, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, message in (
+        ((), "--cuda-graph needs a GPU with CUDA; found none"),
+        (("--compile",), "--cuda-graph records a plain step: not with"),
+        (("--accumulate", 2), "--cuda-graph records a plain step: not with"),
+    ):
+        assert call(ddi, "--cuda-graph", *more) == 1
+        assert message in capsys.readouterr().err
+    assert not seen
+
+
 @pytest.mark.parametrize("field", ["lr", "gate_lr", "channel_lr", "weight_decay", "clip", "epochs"])
 def test_a_stage_has_no_negative_numbers(field: str, seen: Seen, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(skipnet, "--stage", f"sp.{field}=-1") == 1

@@ -6,9 +6,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from timm_dynamic.tasks import BaseTask, DynamicTask
+from timm_dynamic.tasks import BaseTask, DynamicTask, ExitsTask, WarmupTask
 
-RECORDED = (BaseTask, DynamicTask)  # what these do does not hang on values; others are run as they are
+# What these do does not hang on values that a GPU would have to be waited for; others are run as they are.
+RECORDED = (BaseTask, WarmupTask, DynamicTask, ExitsTask)
 WARM_UPS = 3
 
 

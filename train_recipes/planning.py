@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import timm_dynamic as td
-from options import WHERE_IT_IS, Settings, is_name
+from options import PREFIXES, WHERE_IT_IS, Settings, is_name
 from run_folder import SETTINGS, RunError
 from stages import (
     NAMES,
@@ -29,6 +29,7 @@ from stages import (
 )
 from timm_dynamic.evaluation import costs_of
 from timm_dynamic.hindsight import HindsightTask, without_last
+from timm_dynamic.hub import HubError, hub_errors
 from timm_dynamic.tasks import FollowTask
 
 Surgery = Callable[[nn.Module, Settings], Any]
@@ -83,8 +84,10 @@ def start_policy(settings: Settings) -> tuple[str, str]:
     """
     start = Path(settings.start or "")
     try:
-        told = None if is_name(start) else json.loads((start / SETTINGS).read_text())["policy"]
-        policy = told if isinstance(told, str) else _settled_policy(settings)
+        named = is_name(start)
+        told = None if named else json.loads((start / SETTINGS).read_text())["policy"]
+        stock = named and not str(start).startswith(PREFIXES)  # is not fetched first
+        policy = told if isinstance(told, str) or stock else _settled_policy(settings)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         policy = None
     if policy is None:
@@ -100,8 +103,12 @@ def start_policy(settings: Settings) -> tuple[str, str]:
 def _start_network(settings: Settings) -> Any:
     """The trained network that --start names."""
     start = Path(settings.start or "")
-    with torch.random.fork_rng():  # what is drawn for it is overwritten
-        return timm.create_model(str(start) if is_name(start) else f"local-dir:{start}", pretrained=True)
+    name = str(start) if is_name(start) else f"local-dir:{start}"
+    try:
+        with hub_errors(name), torch.random.fork_rng():  # what is drawn for it is overwritten
+            return timm.create_model(name, pretrained=True)
+    except HubError as error:
+        raise RunError(f"--start {error}") from error
 
 
 def _settled_policy(settings: Settings) -> str | None:
