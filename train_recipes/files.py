@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 from images import CENTRE, CENTRED, LARGEST_IN_MEMORY, Data, DataError, in_memory
-
-DECODERS = 8  # threads that decode a folder of small images
 
 
 class Folder(Dataset[Any]):
@@ -89,18 +86,13 @@ def _image_folder(root: Path) -> torchvision.datasets.ImageFolder:
 def _decoded(files: torchvision.datasets.ImageFolder, size: int) -> tuple[Tensor, Tensor]:
     """All images of a folder as uint8 [N, 3, size, size], and their classes."""
     pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-
-    def decode(i: int) -> None:
+    for i in range(len(files)):
         try:
             image = files[i][0]
         except (OSError, SyntaxError) as error:
             raise DataError(f"{files.samples[i][0]} is not a whole image: {error}") from error
         image = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
         pixels[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-    with ThreadPoolExecutor(DECODERS) as pool:
-        for _ in pool.map(decode, range(len(files))):  # the first error is raised
-            pass
     return pixels, torch.tensor(files.targets)
 
 
