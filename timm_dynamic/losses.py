@@ -71,7 +71,7 @@ def cost_share(cost: Tensor, dense_cost: float) -> Tensor:
 
 def annealed_target(target: float, progress: Tensor, anneal: float = 0.5) -> Tensor | float:
     """Target share that falls linearly from 1 to ``target`` while ``progress`` [] goes from 0 to ``anneal``."""
-    return 1 + (target - 1) * (progress / anneal).clamp(max=1) if anneal > 0 else target
+    return (1 + (target - 1) * (progress / anneal).clamp(max=1)).float() if anneal > 0 else target
 
 
 def multiplier(alpha: Tensor, share: Tensor, target: Tensor | float, stiffness: float) -> Tensor:

@@ -363,7 +363,7 @@ class DynamicTask(nn.Module):
 
     def _cost_weight(self, share: Tensor) -> Tensor:
         """Weight of the cost term for a batch whose mean cost is ``share``; in training it moves alpha one step."""
-        progress = self.seen / self.steps  # stays on the device: a GPU is not waited for
+        progress = self.seen.double() / self.steps  # stays on the device: a GPU is not waited for
         if self.training:
             self.seen += 1
         if self.target is None:
