@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import timm_dynamic as td
-from timm_dynamic.surgery import set_policy
+from timm_dynamic.surgery import force_always, set_policy
 from timm_dynamic.tasks import BaseTask, DynamicTask, ExitsTask, FollowTask, WarmupTask
 from timm_dynamic.walk import table_for
 
@@ -115,6 +115,10 @@ def test_what_is_recorded() -> None:
     tasks = (BaseTask(stock()), WarmupTask(model), dynamic(model), ExitsTask(td.add_exits(model)))
     assert {type(task) for task in tasks} == set(RECORDED)
     assert all(map(takes, tasks))
+    dropping = BaseTask(force_always(gated(), layer_keep=0.6))
+    assert not takes(dropping)
+    with pytest.raises(AssertionError, match="rand"):
+        step(dropping)
     waiting = FollowTask(gated(), POLICY)
     assert not takes(waiting)
     with pytest.raises(DataDependentOutputException):

@@ -363,12 +363,13 @@ class DynamicTask(nn.Module):
 
     def _cost_weight(self, share: Tensor) -> Tensor:
         """Weight of the cost term for a batch whose mean cost is ``share``; in training it moves alpha one step."""
-        progress = self.seen.double() / self.steps  # stays on the device: a GPU is not waited for
+        seen = self.seen.clone()
         if self.training:
             self.seen += 1
         if self.target is None:
             return self.alpha.clone()
-        target = losses.annealed_target(self.target, progress, self.anneal)
+        # On the device, so that a GPU is not waited for, and as exact as Python's numbers.
+        target = losses.annealed_target(self.target, seen.double() / self.steps, self.anneal)
         weight = losses.multiplier(self.alpha, share, target, self.stiffness)
         if self.training:
             self.alpha += self.rate * (share - target)

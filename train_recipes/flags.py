@@ -55,8 +55,8 @@ FLAGS = {
     "compile": _flag(bool, "Compile the training step with torch.compile."),
     "cuda_graph": _flag(
         bool,
-        "On one GPU: record a step once and replay it, which is faster for small networks; for stages that neither "
-        "sample nor settle decisions.",
+        "On one GPU: record a step once and replay it, without a call of Python for each of its kernels. follow, "
+        "hindsight, hrl, rl and sdv run as without it.",
     ),
     "grad_checkpointing": _flag(bool, "Compute units again in the backward pass, to save memory."),
     "epochs_scale": _flag(float, "Factor on the length of every stage."),

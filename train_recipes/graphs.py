@@ -14,8 +14,10 @@ WARM_UPS = 3
 
 
 def takes(task: nn.Module) -> bool:
-    """Whether a task's step can be recorded."""
-    return type(task) in RECORDED
+    """Whether a task's step can be recorded: not where units are dropped at random, which is drawn on the CPU."""
+    forced = getattr(getattr(task.model, "dynamic", None), "forced", None)
+    at_random = forced is not None and isinstance(forced.layer_keep, float)
+    return type(task) in RECORDED and not at_random
 
 
 class StepGraph:
