@@ -42,7 +42,7 @@ class StepGraph:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 self._step(accelerator, task)
-            forget_gradients(inside)
+            inside.zero_grad()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=stream):
                 self.metrics = self._step(accelerator, task)
@@ -62,9 +62,3 @@ class StepGraph:
         self.y.copy_(y)
         self.graph.replay()
         return self.metrics
-
-
-def forget_gradients(model: nn.Module) -> None:
-    """Let go of the gradients, in a graph's memory or not."""
-    for parameter in model.parameters():
-        parameter.grad = None

@@ -129,8 +129,9 @@ class Augmented(Dataset[Any]):
         if self.shift or self.flip:
             epochs = sorted({epoch for epoch, _ in keys})
             mine = self.images.places([epochs.index(epoch) for epoch, _ in keys])
-            drawn = zip(*map(self.draws, epochs), strict=True)  # offsets of all epochs, and mirrorings
-            offsets, mirrored = (torch.stack(part)[mine, places] for part in drawn)
+            drawn = [[values[places] for values in self.draws(epoch)] for epoch in epochs]
+            here = torch.arange(len(keys), device=places.device)
+            offsets, mirrored = (torch.stack(values)[mine, here] for values in zip(*drawn, strict=True))
             pixels = _crop(F.pad(pixels, (self.shift,) * 4), offsets, mirrored, pixels.shape[2:])
         return self.images.normalise(pixels), self.images.labels[places]
 

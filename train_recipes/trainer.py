@@ -159,7 +159,7 @@ class Trainer:
         if running.ema is not None:
             self.model.load_state_dict(running.ema.module.state_dict())
         self.previous = dict(self._own_buffers(running.task))
-        graphs.forget_gradients(self.model)
+        self.model.zero_grad()  # lets go of gradients in a graph's memory
         self.accelerator.free_memory()
 
     def _say_what_it_took(self, running: Running, begun: float, first: int) -> None:
