@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,18 +59,27 @@ def _keep_ratio(decisions: Decisions) -> Tensor:
     return keep.mean() if keep.numel() else torch.ones((), device=keep.device)
 
 
-def _hidden(teacher: nn.Module | None) -> tuple[nn.Module, ...]:
-    """A teacher in a tuple: it is not a child of the task, so it is neither trained nor saved."""
-    return () if teacher is None else (teacher.eval().requires_grad_(False),)
+Teacher = nn.Module | Sequence[nn.Module] | None
+
+
+def _hidden(teacher: Teacher) -> tuple[nn.Module, ...]:
+    """Teachers in a tuple: they are not children of the task, so they are neither trained nor saved."""
+    if teacher is None:
+        return ()
+    found = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
+    return tuple(one.eval().requires_grad_(False) for one in found)
 
 
 def _distance(teachers: tuple[nn.Module, ...], logits: Tensor, x: Tensor, weight: float) -> Tensor | float:
-    """How far logits [B, classes] are from the teacher's, if there is one."""
+    """How far logits [B, classes] are from the teachers', if there are any.
+
+    It is the mean over the teachers, whose gradient is that of the distance from the mean of their probabilities.
+    """
     loss: Tensor | float = 0.0
     for teacher in teachers:
         with torch.no_grad():
             wanted = teacher(x)
-        loss = loss + weight * losses.distillation(logits, wanted)
+        loss = loss + weight / len(teachers) * losses.distillation(logits, wanted)
     return loss
 
 
@@ -79,7 +89,7 @@ class BaseTask(nn.Module):
     Args:
         model: maps [B, C, H, W] to [B, classes].
         label_smoothing: as in ``F.cross_entropy``.
-        teacher: a network whose logits are to be followed as well; none if None.
+        teacher: a network, or several, whose probabilities are to be followed as well; none if None.
         distill: weight of that.
     """
 
@@ -87,7 +97,7 @@ class BaseTask(nn.Module):
         self,
         model: nn.Module,
         label_smoothing: float = 0.0,
-        teacher: nn.Module | None = None,
+        teacher: Teacher = None,
         distill: float = 1.0,
     ):
         super().__init__()
@@ -271,7 +281,7 @@ class DynamicTask(nn.Module):
         push: what the gates' logits are lowered by in a step, for each unit of distance, if there are channel gates.
         anneal: share of the steps during which the target falls.
         label_smoothing: as in ``F.cross_entropy``.
-        teacher: a stock model whose logits the head is to follow as well; none if None.
+        teacher: a network, or several, whose probabilities the head is to follow as well; none if None.
         distill: weight of that.
         distill_exits: weight of the distance of each earlier exit's logits from the last exit's.
         information: weight of `losses.unit_information` of the layer gates, which is to grow.
@@ -295,7 +305,7 @@ class DynamicTask(nn.Module):
         push: float = 0.2,
         anneal: float = 0.5,
         label_smoothing: float = 0.0,
-        teacher: nn.Module | None = None,
+        teacher: Teacher = None,
         distill: float = 1.0,
         distill_exits: float = 0.0,
         information: float = 0.0,

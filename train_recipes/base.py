@@ -11,7 +11,7 @@ from stages import Stage, base_task
 STAGES = (Stage("base", base_task, epochs=12, lr=0.1),)
 
 
-@flags.takes(flags.RUN, ("base",), flags.TRAINING, model="resnet20_cifar")
+@flags.takes(flags.RUN, ("base", "distill", "teacher"), flags.TRAINING, model="resnet20_cifar")
 def main(**values: object) -> None:
     """Train a stock network; without options resnet20_cifar on the digits. With --base its weights are trained on."""
     run(STAGES, options.settings("base", values))

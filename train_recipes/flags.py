@@ -98,7 +98,12 @@ FLAGS = {
         Literal["macs", "latency_ms", "energy_mj"], "What is counted as cost; milliseconds are measured at the start."
     ),
     "energy": _flag(Path | None, "JSON file with energy constants, or with a value for every unit."),
-    "distill": _flag(float, "Weight of the distance from the dense base's logits."),
+    "distill": _flag(float, "Weight of the distance from the logits of the dense base, or of every --teacher."),
+    "teacher": _flag(
+        list[str] | None,
+        "A trained network, by its name or its run's folder, that --distill follows in the place of the dense base; "
+        "given several times, the mean of their probabilities is followed.",
+    ),
     "information": _flag(float, "Weight of what layer gates tell about the image, which is to grow."),
     "shut": _flag(
         float | None,
@@ -155,8 +160,8 @@ TRAINING = (
     *("epochs_scale", "max_steps", "evaluations", "checkpoint_every", "tracker", "workers", "threads", "stage"),
 )
 GATES = (
-    *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy", "distill"),
-    *("information", "shut", "open", "free", "gain"),
+    *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy"),
+    *("distill", "teacher", "information", "shut", "open", "free", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
 EXITS = ("exits_after", "exit_weighting", "distill_exits", "calibrate")

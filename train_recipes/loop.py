@@ -16,6 +16,7 @@ from planning import planned, try_start
 from processes import make_accelerator, seed_everything, start_trackers
 from run_folder import BASE, SUMMARY, RunError, RunFolder
 from stages import STATIC, Stage
+from teachers import teachers
 from timm_dynamic.evaluation import static_policy
 from trainer import Trainer
 
@@ -29,8 +30,8 @@ def run(stages: tuple[Stage, ...], settings: Settings) -> None:
             "--gain trains a static network for as long as the gated one was trained as a whole: it needs such a "
             f"stage; found {', '.join(stage.name for stage in stages)}"
         )
-    if settings.distill and settings.base is None and stages[0].surgery is not None:
-        raise RunError("--distill learns from the trained stock network, and here is none: give --base")
+    if settings.distill and not settings.teacher and settings.base is None and stages[0].surgery is not None:
+        raise RunError("--distill learns from the trained stock network, and here is none: give --base, or --teacher")
     trained = _train(accelerator, stages, settings)
     if settings.gain and any(stage.surgery is not None for stage in stages):
         _compare_with_static(accelerator, stages, settings)
@@ -55,11 +56,12 @@ def _train(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settin
     seed_everything(settings.seed)
     model = results.base_model(settings, data)
     try_start(model, stages, settings, data.input_size)
+    taught_by = teachers(settings, data)
     if accelerator.is_main_process:
         folder.create(fixed)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, settings)
-    trainer = Trainer(accelerator, data, settings, folder, model)
+    trainer = Trainer(accelerator, data, settings, folder, model, taught_by)
     trainer.train(stages)
     found = trainer.progress.results["dense"]
     steered = replace(settings, target=None) if stages[-1].alpha is not None else settings

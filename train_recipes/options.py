@@ -78,6 +78,7 @@ class Settings:
     cost: str = "macs"
     energy: Path | None = None
     distill: float = 0.0
+    teacher: tuple[str, ...] | None = None
     information: float = 0.0
     shut: float | None = None
     open: float | None = None
@@ -134,6 +135,7 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     values = {key: value for key, value in values.items() if key != "config"}
     for name in ("stage", "tracker"):
         values[name] = tuple(values.get(name) or ())
+    values["teacher"] = tuple(values.get("teacher") or ()) or None  # runs from before it have None of it
     found = Settings(recipe=recipe, **values)
     if found.alpha is None and found.target is None:
         found = dataclasses.replace(found, target=target)
@@ -203,6 +205,7 @@ def _check(found: Settings, prefix: str) -> None:
     if found.batch_size % found.accumulate:
         raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
     _check_machine(found)
+    _check_teaching(found)
     unknown = sorted(set(found.tracker) - set(TRACKERS))
     if unknown:
         raise RunError(f"--tracker must be one of {', '.join(TRACKERS)}; found {unknown[0]}")
@@ -220,6 +223,14 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError("--free needs --open: the units that it does not leave to the gates are opened")
     if found.method == "hindsight" and found.information:
         raise RunError(f"--method hindsight has no use for --information; found {found.information}")
+
+
+def _check_teaching(found: Settings) -> None:
+    """Refuse teachers without a weight, and a weight without what could teach."""
+    if found.teacher and not found.distill:
+        raise RunError("--teacher needs the weight of what it teaches: give --distill")
+    if found.recipe == "base" and found.distill and not found.teacher:
+        raise RunError("--distill needs a network to learn from: give --teacher")
 
 
 def _check_machine(found: Settings) -> None:

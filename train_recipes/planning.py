@@ -145,7 +145,7 @@ def try_start(
         if settings.cost != "macs":  # a target in another unit can be judged once that is measured
             settings = replace(settings, alpha=settings.alpha or 0.0, target=None)
         dense = costs_of(other, input_size).dense
-        stage.task(other, Outlook(1, dense, input_size, settings, {}, None, lambda: None))
+        stage.task(other, Outlook(1, dense, input_size, settings, {}, None, tuple))
 
 
 def _from_trunk(surgery: Surgery) -> Surgery:

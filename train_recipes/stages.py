@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Outlook:
         settings: of the run.
         previous: buffers of the task of the stage before.
         alpha: fixed weight of the cost in this stage, if it has its own.
-        teacher: gives the trained stock model, or None where it is not wanted.
+        teacher: gives the networks to learn from: the trained stock model unless others were given; none if not wanted.
     """
 
     batches: int
@@ -59,7 +59,7 @@ class Outlook:
     settings: Settings
     previous: dict[str, Tensor]
     alpha: float | None
-    teacher: Callable[[], nn.Module | None]
+    teacher: Callable[[], Sequence[nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def fix_policy(model: nn.Module, settings: Settings) -> None:
 
 
 def base_task(model: nn.Module, outlook: Outlook) -> nn.Module:
-    """Cross entropy, and the distance from a teacher where there is one."""
+    """Cross entropy, and the distance from teachers where there are any."""
     return BaseTask(model, teacher=outlook.teacher(), distill=outlook.settings.distill)
 
 

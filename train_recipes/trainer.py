@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,20 @@ class Trainer:
     """Takes a model through the stages."""
 
     def __init__(
-        self, accelerator: Accelerator, data: datasets.Data, settings: Settings, folder: RunFolder, model: nn.Module
+        self,
+        accelerator: Accelerator,
+        data: datasets.Data,
+        settings: Settings,
+        folder: RunFolder,
+        model: nn.Module,
+        teachers: Sequence[nn.Module] = (),
     ):
         self.accelerator = accelerator
         self.data = data = datasets.on_device(data, accelerator.device)
         self.settings = settings
         self.folder = folder
         self.model = self._placed(model)
+        self.teachers = [self._placed(teacher) for teacher in teachers]
         self.progress = Progress()
         self.previous: dict[str, Tensor] = {}
         val_batch = max(1, results.VAL_BATCH // accelerator.num_processes) * accelerator.num_processes
@@ -128,11 +136,13 @@ class Trainer:
             results.save_base(self.model, self.folder.root / BASE, self.progress.results["dense"])
         self.accelerator.wait_for_everyone()
 
-    def _teacher(self) -> nn.Module | None:
-        """The stock network as it was trained."""
+    def _teacher(self) -> Sequence[nn.Module]:
+        """The teachers that were given, or else the stock network as it was trained."""
+        if self.teachers:
+            return self.teachers
         if not self.settings.distill or not (self.folder.root / BASE).exists():
-            return None
-        return self._placed(timm.create_model(f"local-dir:{self.folder.root / BASE}", pretrained=True))
+            return ()
+        return (self._placed(timm.create_model(f"local-dir:{self.folder.root / BASE}", pretrained=True)),)
 
     # One stage -------------------------------------------------------------------------------------------------------
 
