@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from images import Data
 from options import Settings
 from run_folder import RunError
 from timm_dynamic.hub import HubError, hub_errors
 
+Statistics = tuple[Sequence[float], Sequence[float]]
+
 
 def teachers(settings: Settings, data: Data) -> tuple[nn.Module, ...]:
-    """The networks that --teacher names, which see images as the student does.
+    """The networks that --teacher names; they take images that are normalised as the data says.
 
     Raises:
         RunError: if one is not to be had or not for these images; the message says what was wanted and found.
@@ -33,20 +37,38 @@ def _teacher(name: str, settings: Settings, data: Data) -> nn.Module:
         raise RunError(f"--teacher {error}") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"--teacher {name}: {error}") from error
-    given = {"classes": len(data.classes), "mean": _rounded(data.mean), "std": _rounded(data.std)}
-    config = model.pretrained_cfg
-    found = {"classes": model.num_classes, "mean": _rounded(config["mean"]), "std": _rounded(config["std"])}
-    odd = [key for key in given if found[key] != given[key]]
-    if odd:
-        wanted, had = (", ".join(f"{key} {values[key]}" for key in odd) for values in (given, found))
-        raise RunError(f"--teacher {name} is for other images: the data has {wanted}, it {had}")
+    if model.num_classes != len(data.classes):
+        raise RunError(f"--teacher {name} knows {model.num_classes} classes; the data has {len(data.classes)}")
     if settings.cuda_graph and hasattr(model, "dynamic"):
         raise RunError(
             f"--teacher {name} decides image by image, which --cuda-graph cannot record: give stock networks, or no "
             "--cuda-graph"
         )
-    return model
+    own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    same = np.allclose(own, (data.mean, data.std))
+    return model if same else Renormalised(model, (data.mean, data.std), own)
 
 
-def _rounded(values: Any) -> list[float]:
-    return [round(float(value), 3) for value in values]
+class Renormalised(nn.Module):
+    """A network that takes images normalised in another way than it was trained with.
+
+    Args:
+        model: maps [B, C, H, W] to logits.
+        given: mean and standard deviation of each channel, by which the images were normalised.
+        own: those by which the network wants them.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, given: Statistics, own: Statistics):
+        super().__init__()
+        self.model = model
+        mean, std, own_mean, own_std = (torch.tensor(part).view(-1, 1, 1) for part in (*given, *own))
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]."""
+        logits: Tensor = self.model(x * self.scale + self.shift)
+        return logits
