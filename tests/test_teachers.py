@@ -17,7 +17,7 @@ from timm_dynamic.cifar import CIFAR10_MEAN, CIFAR10_STD
 from timm_dynamic.tasks import BaseTask
 
 FEW = ["--image-size", 16, "--batch-size", 16, "--max-steps", 2, "--evaluations", 1, "--threads", 1]
-CIFAR = SimpleNamespace(classes=tuple("0123456789"), mean=CIFAR10_MEAN, std=CIFAR10_STD)
+CIFAR = SimpleNamespace(classes=tuple("0123456789"), mean=CIFAR10_MEAN, std=CIFAR10_STD, input_size=(3, 32, 32))
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +103,23 @@ def test_a_teacher_is_shown_images_as_it_was_trained_to_see_them(tmp_path: Path)
     wanted = own((pixels - mean) / std)
     as_own = {key: own.pretrained_cfg[key] for key in ("mean", "std")}
     for statistics in (as_own, {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1)}):
-        data = SimpleNamespace(classes=tuple("0123456789"), **statistics)
+        data = SimpleNamespace(**{**vars(CIFAR), **statistics})
         (found,) = teachers(settings(tmp_path, teacher=(name,), distill=1.0), data)  # type: ignore[arg-type]
         seen = (pixels - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
         assert torch.allclose(found.eval()(seen), wanted, atol=1e-4)
 
 
-def test_a_teacher_knows_the_classes_and_can_be_recorded(tmp_path: Path) -> None:
+def test_a_teacher_knows_the_classes_takes_the_images_and_can_be_recorded(tmp_path: Path) -> None:
     plain, dynamic = "resnet20_cifar.cifar10", "ddi_resnet38_cifar.cifar10_anytime"
     wanted = settings(tmp_path, teacher=(plain, dynamic), distill=1.0)
-    fewer = SimpleNamespace(**{**vars(CIFAR), "classes": ("0", "1")})
-    with pytest.raises(RunError, match=r"resnet20_cifar\.cifar10 knows 10 classes; the data has 2"):
-        teachers(wanted, fewer)  # type: ignore[arg-type]
+    names = timm.create_model(plain, pretrained=True).pretrained_cfg["label_names"]
+    for changes, message in (
+        ({"classes": ("0", "1")}, r"resnet20_cifar\.cifar10 knows 10 classes; the data has 2"),
+        ({"classes": names[::-1]}, "has the data's classes in another order: airplane, automobile"),
+        ({"input_size": (4, 32, 32)}, r"resnet20_cifar\.cifar10 does not take images of 4 x 32 x 32: "),
+    ):
+        with pytest.raises(RunError, match=message):
+            teachers(wanted, SimpleNamespace(**{**vars(CIFAR), **changes}))  # type: ignore[arg-type]
     object.__setattr__(wanted, "cuda_graph", True)  # a machine without a GPU refuses it earlier
     with pytest.raises(RunError, match="anytime decides image by image, which --cuda-graph cannot record"):
         teachers(wanted, CIFAR)  # type: ignore[arg-type]

@@ -39,6 +39,9 @@ def _teacher(name: str, settings: Settings, data: Data) -> nn.Module:
         raise RunError(f"--teacher {name}: {error}") from error
     if model.num_classes != len(data.classes):
         raise RunError(f"--teacher {name} knows {model.num_classes} classes; the data has {len(data.classes)}")
+    labels = tuple(model.pretrained_cfg.get("label_names") or ())
+    if labels != tuple(data.classes) and sorted(labels) == sorted(data.classes):
+        raise RunError(f"--teacher {name} has the data's classes in another order: {', '.join(labels)}")
     if settings.cuda_graph and hasattr(model, "dynamic"):
         raise RunError(
             f"--teacher {name} decides image by image, which --cuda-graph cannot record: give stock networks, or no "
@@ -46,7 +49,14 @@ def _teacher(name: str, settings: Settings, data: Data) -> nn.Module:
         )
     own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     same = np.allclose(own, (data.mean, data.std))
-    return model if same else Renormalised(model, (data.mean, data.std), own)
+    found = model if same else Renormalised(model, (data.mean, data.std), own)
+    try:
+        with torch.inference_mode():
+            found.eval()(torch.zeros(1, *data.input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, data.input_size))
+        raise RunError(f"--teacher {name} does not take images of {size}: {error}") from error
+    return found
 
 
 class Renormalised(nn.Module):
