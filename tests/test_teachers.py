@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_recipes import RunError, base, call, ddi, settings, skipnet
 from torch import nn
 
+import timm_dynamic as td
 from teachers import teachers
 from timm_dynamic.cifar import CIFAR10_MEAN, CIFAR10_STD
 from timm_dynamic.tasks import BaseTask
@@ -82,12 +83,16 @@ def test_named_teachers_take_the_place_of_the_base_in_all_that_is_trained(traine
 
 def test_what_cannot_teach_is_said_before_a_run_is_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
+    damaged = tmp_path / "damaged"
+    td.save_pretrained(timm.create_model("resnet20_cifar"), damaged)
+    (damaged / "model.safetensors").write_bytes(b"no weights")
     cifar = ("--teacher", "resnet20_cifar.cifar10", "--distill", 1)
     cases: tuple[tuple[Any, tuple[Any, ...], str], ...] = (
         (ddi, cifar[:2], "--teacher needs the weight of what it teaches: give --distill"),
         (base, cifar[2:], "--distill needs a network to learn from: give --teacher"),
         (base, ("--teacher", "resnet21_cifar", "--distill", 1), "--teacher resnet21_cifar"),
         (base, ("--teacher", tmp_path / "empty", "--distill", 1), f"--teacher {tmp_path / 'empty'}"),
+        (base, ("--teacher", damaged, "--distill", 1), f"--teacher {damaged}"),
     )
     for recipe, options, message in cases:
         assert call(recipe, *options, "--output", tmp_path / "run", *FEW) == 1, message
@@ -120,6 +125,10 @@ def test_a_teacher_knows_the_classes_takes_the_images_and_can_be_recorded(tmp_pa
     ):
         with pytest.raises(RunError, match=message):
             teachers(wanted, SimpleNamespace(**{**vars(CIFAR), **changes}))  # type: ignore[arg-type]
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    task = BaseTask(timm.create_model("resnet20_cifar"), teacher=teachers(wanted, CIFAR))  # type: ignore[arg-type]
+    task(x, y)["loss"].backward()  # a dynamic network teaches too
+    assert all(parameter.grad is not None for parameter in task.parameters())
     object.__setattr__(wanted, "cuda_graph", True)  # a machine without a GPU refuses it earlier
     with pytest.raises(RunError, match="anytime decides image by image, which --cuda-graph cannot record"):
         teachers(wanted, CIFAR)  # type: ignore[arg-type]

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 from images import Data
 from options import Settings
 from run_folder import RunError
-from timm_dynamic.hub import HubError, hub_errors
+from timm_dynamic.cli.errors import CommandError
+from timm_dynamic.cli.models import load
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 
@@ -31,11 +31,9 @@ def teachers(settings: Settings, data: Data) -> tuple[nn.Module, ...]:
 def _teacher(name: str, settings: Settings, data: Data) -> nn.Module:
     where = f"local-dir:{name}" if Path(name).exists() else name
     try:
-        with hub_errors(where), torch.random.fork_rng():  # what is drawn for it is overwritten
-            model: Any = timm.create_model(where, pretrained=True)
-    except HubError as error:
-        raise RunError(f"--teacher {error}") from error
-    except (OSError, RuntimeError, ValueError) as error:
+        with torch.random.fork_rng():  # what is drawn for it is overwritten
+            model: Any = load(where, pretrained=True)
+    except CommandError as error:
         raise RunError(f"--teacher {name}: {error}") from error
     if model.num_classes != len(data.classes):
         raise RunError(f"--teacher {name} knows {model.num_classes} classes; the data has {len(data.classes)}")
@@ -51,8 +49,8 @@ def _teacher(name: str, settings: Settings, data: Data) -> nn.Module:
     same = np.allclose(own, (data.mean, data.std))
     found = model if same else Renormalised(model, (data.mean, data.std), own)
     try:
-        with torch.inference_mode():
-            found.eval()(torch.zeros(1, *data.input_size))
+        with torch.no_grad():
+            found(torch.zeros(1, *data.input_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = " x ".join(map(str, data.input_size))
         raise RunError(f"--teacher {name} does not take images of {size}: {error}") from error
