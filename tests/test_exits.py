@@ -164,3 +164,33 @@ def test_confidences_that_are_copied_in_place_hold_at_once() -> None:
     with torch.inference_mode():
         model.exits.confidence.fill_(0.5)
     assert model.exits.levels == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_of_an_early_exits_gradient_the_trunk_gets_a_share_and_the_exit_all(share: float) -> None:
+    def gradients(share: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        model = dynamic("basic", ["exits"]).train()
+        model.exits.gradient = share
+        logits = model(images(4))
+        logits[0].square().sum().backward()
+        grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        return [one.detach() for one in logits], grads
+
+    whole_logits, whole = gradients(1.0)
+    logits, found = gradients(share)
+    assert all(torch.equal(one, other) for one, other in zip(logits, whole_logits, strict=True))
+    assert any(name.startswith("exits.") for name in whole)
+    assert "conv1.weight" in whole
+    for name, gradient in whole.items():
+        part = 1.0 if name.startswith("exits.") else share
+        assert_near(found.get(name, torch.zeros_like(gradient)), part * gradient)
+
+
+def test_the_head_gives_the_trunk_all_of_its_gradient() -> None:
+    def gradient(share: float) -> Tensor:
+        model = dynamic("basic", ["exits"]).train()
+        model.exits.gradient = share
+        model(images(4))[-1].square().sum().backward()
+        return model.conv1.weight.grad
+
+    assert_near(gradient(0.0), gradient(1.0))

@@ -58,7 +58,13 @@ class ExitHead(nn.Module):
 
 
 class Exits(Exact):
-    """The branch classifiers of a network and the units after which they stand."""
+    """The branch classifiers of a network and the units after which they stand.
+
+    Attributes:
+        gradient: what the trunk gets of the early exits' gradient in training, as a share, so that they do not pull it
+            away from what the head needs; the exits' own weights get all of it. 0: they learn from a trunk that does
+            not know of them. Not saved: it says how a network is trained.
+    """
 
     EXACT = "confidence"
 
@@ -67,6 +73,7 @@ class Exits(Exact):
         self.config = config
         self.after = tuple(after)  # places in the running order of all units, ascending
         self.heads = nn.ModuleList(heads)
+        self.gradient = 1.0
         self.confidence: Tensor = nn.Buffer(torch.full((len(heads),), NEVER))  # to travel with the weights
         self._read: tuple[Tensor, int] | None = None  # what was read of it, and in which state
         self._levels = (NEVER,) * len(heads)
@@ -77,7 +84,7 @@ class Exits(Exact):
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         """x: [B, C, H, W] -> logits [B, classes] of exit `index`."""
-        return self.heads[index](x)
+        return self.heads[index](_slowed(x, self.gradient) if self.training else x)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -104,6 +111,14 @@ class Exits(Exact):
         with torch.no_grad():
             self.confidence.copy_(values)
         self._levels = tuple(values.tolist())
+
+
+def _slowed(x: Tensor, share: float) -> Tensor:
+    """The same values; their gradient is `share` of what it was."""
+    if share == 1:
+        return x
+    still = x.detach()
+    return still + share * (x - still) if share else still
 
 
 def _read_levels(exits: nn.Module, keys: object) -> None:

@@ -284,6 +284,7 @@ class DynamicTask(nn.Module):
         teacher: a network, or several, whose probabilities the head is to follow as well; none if None.
         distill: weight of that.
         distill_exits: weight of the distance of each earlier exit's logits from the last exit's.
+        exit_gradient: share of the early exits' gradient that the trunk gets (see `exits.Exits`).
         information: weight of `losses.unit_information` of the layer gates, which is to grow.
         parts: batches of one optimiser step, where gradients are accumulated: each steers by so much less.
     """
@@ -308,6 +309,7 @@ class DynamicTask(nn.Module):
         teacher: Teacher = None,
         distill: float = 1.0,
         distill_exits: float = 0.0,
+        exit_gradient: float = 1.0,
         information: float = 0.0,
         parts: int = 1,
     ):
@@ -316,6 +318,11 @@ class DynamicTask(nn.Module):
             raise ValueError(f"give alpha or target, not both: found alpha={alpha}, target={target}")
         if target is not None and not 0 < target <= 1:
             raise ValueError(f"target must be a share of the dense MACs in (0, 1], found {target}")
+        if not 0 <= exit_gradient <= 1:
+            raise ValueError(f"exit_gradient must be in [0, 1], found {exit_gradient}")
+        exits: Any = getattr(model, "exits", None)
+        if exits is not None:
+            exits.gradient = exit_gradient
         self.model = model
         self.dense_cost = dense_cost
         self.steps = steps

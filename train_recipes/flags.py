@@ -122,6 +122,11 @@ FLAGS = {
     ),
     "exit_weighting": _flag(Literal["uniform", "linear"], "Weights of the exits in the loss."),
     "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
+    "exit_gradient": _flag(
+        float | None,
+        "Share of the earlier exits' gradient that the trunk gets, default 1: below it they pull it less away from "
+        "what the head needs.",
+    ),
     "calibrate": _flag(
         float | None,
         "Afterwards let images leave early, from the confidence that costs this share of the dense MACs on the mean.",
@@ -164,7 +169,7 @@ GATES = (
     *("distill", "teacher", "information", "shut", "open", "free", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
-EXITS = ("exits_after", "exit_weighting", "distill_exits", "calibrate")
+EXITS = ("exits_after", "exit_weighting", "distill_exits", "exit_gradient", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy")
 

@@ -85,6 +85,7 @@ class Settings:
     exits_after: str | None = None
     exit_weighting: str = "uniform"
     distill_exits: float = 0.0
+    exit_gradient: float | None = None
     calibrate: float | None = None
     method: str | None = None
     beta: float = 1.0
@@ -198,8 +199,9 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError(f"--clip-grad must be 0 or above; found {found.clip_grad}")
     if found.temperature <= 0:
         raise RunError(f"--temperature must be above 0; found {found.temperature}")
-    if not 0 <= found.keep <= 1:
-        raise RunError(f"--keep must be in 0..1; found {found.keep}")
+    for name in ("keep", "exit_gradient"):
+        if getattr(found, name) is not None and not 0 <= getattr(found, name) <= 1:
+            raise RunError(f"--{name.replace('_', '-')} must be in 0..1; found {getattr(found, name)}")
     if not 0 <= found.ema < 1:
         raise RunError(f"--ema must be at least 0 and below 1; found {found.ema}")
     if found.batch_size % found.accumulate:

@@ -268,6 +268,7 @@ def steering(outlook: Outlook) -> dict[str, Any]:
         "anneal": 0.0 if "alpha" in outlook.previous or settings.start else 0.5,
         "exit_weighting": settings.exit_weighting,
         "distill_exits": settings.distill_exits,
+        "exit_gradient": 1.0 if settings.exit_gradient is None else settings.exit_gradient,
         "teacher": outlook.teacher(),
         "distill": settings.distill,
         "information": 0.0 if settings.plain else settings.information,
