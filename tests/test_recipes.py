@@ -392,6 +392,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed must be 0 or above; found -1"),
         ({"workers": -1}, "--workers must be 0 or above; found -1"),
         ({"max_steps": 0}, "--max-steps must be above 0; found 0"),
+        ({"exit_gradient": 1.5}, "--exit-gradient must be in 0..1; found 1.5"),
         ({"distill": float("inf")}, "--distill must be a finite number; found inf"),
     ],
 )
