@@ -103,7 +103,7 @@ def _base_beside(name: str) -> str | None:
 
 
 def _data(full: str) -> str:
-    """What a tag says of the data: cifar10 of resnet20_cifar.cifar10_40epochs."""
+    """What a tag says of the data: cifar10 of resnet20_cifar.cifar10_60epochs."""
     return full.partition(".")[2].partition("_")[0]
 
 
