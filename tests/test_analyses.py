@@ -199,6 +199,23 @@ def test_scales_count_what_runs_at_each_size() -> None:
     assert signed_rank(own.more) == 1.0
 
 
+def test_scales_of_a_network_that_only_leaves_early_count_up_to_there() -> None:
+    model = network("layer", "exits")
+    td.open_units(model, [unit.name for unit in td.cost_table(model, (3, SIZE, SIZE)).units if unit.skippable])
+    x = torch.cat([x for x, _ in images()])
+    to_head = scale_sweep(model, images(), scales=(1.0,))[0].ran
+    assert to_head.unique().tolist() == [len(model.layer_gates)]  # nobody leaves
+
+    with td.force(model, exit=0):
+        sure = model(x).softmax(1).amax(1)
+    model.exits.set_confidence([sure.median().item()] + [2.0] * (len(model.exits) - 1))
+    found = scale_sweep(model, images(), scales=(1.0,))[0]
+    wanted = td.decide(model, x).layer_keep.sum(1)
+    assert found.ran.tolist() == wanted.tolist()
+    assert len(found.ran.unique()) == 2  # some leave, some do not
+    assert found.accuracy == evaluate(model, images()).accuracy
+
+
 def test_scales_of_channel_gates_count_groups() -> None:
     model = nets.dynamic("cifar", ("channel",))
     found = scale_sweep(model, images(), scales=(1.0,))

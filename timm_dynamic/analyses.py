@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .costs import CostTable
 from .evaluation import Rows, at_exits, costs_of, rows_of
+from .forward import decide
+from .gates import gates_choose
 from .walk import Log, Walk
 
 Loader = Iterable[tuple[Tensor, Tensor]]  # can be gone through again and again
@@ -277,14 +279,18 @@ class Scale:
 
 @torch.no_grad()
 def scale_sweep(model: Any, loader: Loader, scales: Sequence[float] = SCALES) -> list[Scale]:
-    """Run a dynamic network, without budget and without leaving early, on resized images (SkipNet, section 4.2).
+    """Run a dynamic network, without budget, on resized images (SkipNet, section 4.2).
+
+    Images go to the head, so that what changes is what gates decide. Where nothing is left to gates they leave where
+    they are sure, if the network lets them.
 
     Args:
-        model: with gates, in eval mode.
+        model: with gates, in eval mode and without a budget.
         loader: batches of images [B, C, H, W] and classes [B].
         scales: of height and width; 1 is added if it is not among them.
     """
     device = next(model.parameters()).device
+    through = _to_the_head if gates_choose(model) else _as_sure
     scales = sorted({*scales, 1.0})
     ran: dict[float, list[Tensor]] = {scale: [] for scale in scales}
     right: dict[float, list[Tensor]] = {scale: [] for scale in scales}
@@ -293,7 +299,7 @@ def scale_sweep(model: Any, loader: Loader, scales: Sequence[float] = SCALES) ->
         for scale in scales:
             sizes[scale] = (max(8, round(scale * x.shape[2])), max(8, round(scale * x.shape[3])))
             resized = F.interpolate(x.to(device), sizes[scale], mode="bilinear", antialias=True) if scale != 1 else x
-            count, logits = _through(model, resized.to(device))
+            count, logits = through(model, resized.to(device))
             ran[scale].append(count.cpu())
             right[scale].append(logits.argmax(1).cpu() == y)
     whole = {scale: torch.cat(parts) for scale, parts in ran.items()}
@@ -301,7 +307,13 @@ def scale_sweep(model: Any, loader: Loader, scales: Sequence[float] = SCALES) ->
     return [Scale(s, sizes[s], accuracy[s], whole[s], whole[s] - whole[1.0]) for s in scales]
 
 
-def _through(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _as_sure(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How many gated units each image runs before it is sure enough to leave, and the logits it leaves with."""
+    decisions = decide(model, x)
+    return decisions.layer_keep.sum(1), decisions.logits
+
+
+def _to_the_head(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """How many gated units, or channel groups, each image runs on the way to the head, and its logits."""
     log = Log(len(x))
     walk = Walk(model, x, log, budgeted=False)

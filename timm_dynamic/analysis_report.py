@@ -22,6 +22,7 @@ from .evaluation import costs_of
 from .exchange import Exchange, exchange
 from .feature_change import MAP_IMAGES, maps, own_changes, random_changes
 from .forward import decide
+from .gates import gates_choose
 from .inference import optimize_for_inference
 from .paper_claims import PAPER_CLAIMS
 from .report import page, percent, table
@@ -279,7 +280,7 @@ class Work:
         if word is not None:
             self.watch("input scales")
             self.known["scales"] = scale_sweep(set_budget(copy.deepcopy(self.network.model)), self.images.loader)
-        return scales_section(self.known.get("scales", ()), word)
+        return scales_section(self.known.get("scales", ()), word, gates_choose(self.network.model))
 
     def classes(self) -> Section:
         """Skipped units and accuracy of each class."""

@@ -126,8 +126,8 @@ def tiles(images: Sequence[Tensor], gap: int = 2) -> Tensor:
 # Scales and classes --------------------------------------------------------------------------------------------------
 
 
-def scales_section(scales: Sequence[Scale], word: str | None) -> Section:
-    """Units run over input scale (SkipNet, fig. 8)."""
+def scales_section(scales: Sequence[Scale], word: str | None, choose: bool = True) -> Section:
+    """Units run over input scale (SkipNet, fig. 8); choose: whether anything is left to the gates."""
     title = "Units run over input scale"
     if not scales:
         return Section("scales", title, [paragraph("The network has no gates: it runs the same at any scale.")], None)
@@ -151,6 +151,8 @@ def scales_section(scales: Sequence[Scale], word: str | None) -> Section:
         shown = (f"{row['ran']:.2f}", f"{row['more']:+.2f}", f"{row['deviation']:.2f}", shown_p(p))
         rows.append((f"{one.scale:g}", " x ".join(map(str, one.pixels)), *shown, percent(one.accuracy, 2)))
     text = "Images are resized after they were prepared. p: Wilcoxon signed-rank test of the difference from scale 1."
+    if not choose:
+        text += " Nothing is left to the gates: what changes, if anything, is where images are sure enough to leave."
     return Section("scales", title, [svg(figure, "scales", caption), table(header, rows), paragraph(text)], numbers)
 
 
