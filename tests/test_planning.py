@@ -14,6 +14,7 @@ from test_recipes import RunError, Stage, base, call, ddi, iadi, planned, settin
 
 import timm_dynamic as td
 from planning import start_policy, try_start
+from stages import Outlook, dynamic_task
 
 POLICY = "01011010"
 FEW = ["--image-size", 16, "--batch-size", 16, "--max-steps", 2, "--evaluations", 1, "--threads", 1]
@@ -349,3 +350,11 @@ def test_exits_stand_where_they_are_asked_for(tmp_path: Path, capsys: pytest.Cap
         assert call(ddi, "--exits-after", wrong, "--output", tmp_path / "wrong", *FEW) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, 1.0), (0.25, 0.25)])
+def test_a_task_gets_the_share_of_the_exits_gradient(tmp_path: Path, given: float | None, found: float) -> None:
+    model: Any = td.add_exits(timm.create_model("skipnet_resnet20_cifar"))
+    chosen = settings(tmp_path, exit_gradient=given)
+    dynamic_task(model, Outlook(1, 1.0, (3, 32, 32), chosen, {}, None, lambda: ()))
+    assert model.exits.gradient == found

@@ -1,6 +1,7 @@
 """Tasks: what is optimised, what stands still, and how alpha is steered."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -225,6 +226,16 @@ def test_dynamic_task_wants_alpha_or_a_target() -> None:
         DynamicTask(network(), 1, 1, alpha=1.0, target=0.5)
     with pytest.raises(ValueError, match=r"in \(0, 1\], found 1.5"):
         DynamicTask(network(), 1, 1, target=1.5)
+
+
+def test_dynamic_task_tells_the_exits_what_the_trunk_gets_of_their_gradient() -> None:
+    model: Any = network(exits=True)
+    DynamicTask(model, 1, 1, alpha=1.0, exit_gradient=0.25)
+    assert model.exits.gradient == 0.25
+    with pytest.raises(ValueError, match=r"exit_gradient must be in \[0, 1\], found 1.5"):
+        DynamicTask(model, 1, 1, alpha=1.0, exit_gradient=1.5)
+    DynamicTask(model, 1, 1, alpha=1.0)
+    assert model.exits.gradient == 1  # of a task before it nothing stays
 
 
 def test_steering_meets_the_target() -> None:

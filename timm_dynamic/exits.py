@@ -61,8 +61,8 @@ class Exits(Exact):
     """The branch classifiers of a network and the units after which they stand.
 
     Attributes:
-        gradient: what the trunk gets of the early exits' gradient in training, as a share, so that they do not pull it
-            away from what the head needs; the exits' own weights get all of it. 0: they learn from a trunk that does
+        gradient: what the trunk gets of the early exits' gradient in training, as a share, so that they compete
+            less with the head; the exits' own weights get all of it. 0: they learn from a trunk that does
             not know of them. Not saved: it says how a network is trained.
     """
 
@@ -115,10 +115,7 @@ class Exits(Exact):
 
 def _slowed(x: Tensor, share: float) -> Tensor:
     """The same values; their gradient is `share` of what it was."""
-    if share == 1:
-        return x
-    still = x.detach()
-    return still + share * (x - still) if share else still
+    return x if share == 1 else torch.lerp(x.detach(), x, share)
 
 
 def _read_levels(exits: nn.Module, keys: object) -> None:

@@ -126,7 +126,7 @@ def tiles(images: Sequence[Tensor], gap: int = 2) -> Tensor:
 # Scales and classes --------------------------------------------------------------------------------------------------
 
 
-def scales_section(scales: Sequence[Scale], word: str | None, choose: bool = True) -> Section:
+def scales_section(scales: Sequence[Scale], word: str | None, choose: bool) -> Section:
     """Units run over input scale (SkipNet, fig. 8); choose: whether anything is left to the gates."""
     title = "Units run over input scale"
     if not scales:

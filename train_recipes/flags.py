@@ -124,8 +124,8 @@ FLAGS = {
     "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
     "exit_gradient": _flag(
         float | None,
-        "Share of the earlier exits' gradient that the trunk gets, default 1: below it they pull it less away from "
-        "what the head needs.",
+        "Share of the earlier exits' gradient that the trunk gets, default 1: below it they compete less with the "
+        "head.",
     ),
     "calibrate": _flag(
         float | None,

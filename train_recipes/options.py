@@ -28,11 +28,15 @@ MAY_DIFFER = (
     *("output", "resume", "data_dir", "download", "workers", "threads", "checkpoint_every", "tracker", "gain"),
     "cuda_graph",
 )
-POSITIVE = ("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size", "max_steps", "image_size")
+POSITIVE = (
+    *("batch_size", "accumulate", "epochs_scale", "evaluations", "group_size", "max_steps", "image_size"),
+    "temperature",
+)
 NOT_NEGATIVE = (
     *("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy", "seed", "workers", "threads"),
-    "checkpoint_every",
+    *("checkpoint_every", "clip_grad"),
 )
+SHARES = ("keep", "exit_gradient")
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Settings:
     exits_after: str | None = None
     exit_weighting: str = "uniform"
     distill_exits: float = 0.0
-    exit_gradient: float | None = None
+    exit_gradient: float | None = None  # as 1, and as in runs from before it
     calibrate: float | None = None
     method: str | None = None
     beta: float = 1.0
@@ -174,11 +178,26 @@ def _check(found: Settings, prefix: str) -> None:
     if other:
         wanted = f"{prefix}* or a stock model" if prefix else "a stock model"
         raise RunError(f"{found.recipe}.py trains {wanted}; found --model {found.model}")
+    _check_ranges(found)
+    if found.alpha is not None and found.target is not None:
+        raise RunError(f"give --alpha or --target, not both; found {found.alpha} and {found.target}")
+    if found.batch_size % found.accumulate:
+        raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
+    _check_machine(found)
+    _check_teaching(found)
+    unknown = sorted(set(found.tracker) - set(TRACKERS))
+    if unknown:
+        raise RunError(f"--tracker must be one of {', '.join(TRACKERS)}; found {unknown[0]}")
+    if (found.energy is not None) != (found.cost == "energy_mj"):
+        raise RunError("--energy FILE and --cost energy_mj go together; found one without the other")
+    _check_method(found)
+
+
+def _check_ranges(found: Settings) -> None:
+    """Refuse numbers that are none, or out of their range."""
     for name, value in dataclasses.asdict(found).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise RunError(f"--{name.replace('_', '-')} must be a finite number; found {value}")
-    if found.alpha is not None and found.target is not None:
-        raise RunError(f"give --alpha or --target, not both; found {found.alpha} and {found.target}")
     for name in ("target", "calibrate"):
         share = getattr(found, name)
         if share is not None and not 0 < share <= 1:
@@ -195,24 +214,15 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError(f"--open must be a share of the images above --shut, at most 1; found {found.open}")
     if not 0 <= found.explore < 0.5:
         raise RunError(f"--explore must be a share in [0, 0.5); found {found.explore}")
-    if found.clip_grad is not None and found.clip_grad < 0:
-        raise RunError(f"--clip-grad must be 0 or above; found {found.clip_grad}")
-    if found.temperature <= 0:
-        raise RunError(f"--temperature must be above 0; found {found.temperature}")
-    for name in ("keep", "exit_gradient"):
+    for name in SHARES:
         if getattr(found, name) is not None and not 0 <= getattr(found, name) <= 1:
             raise RunError(f"--{name.replace('_', '-')} must be in 0..1; found {getattr(found, name)}")
     if not 0 <= found.ema < 1:
         raise RunError(f"--ema must be at least 0 and below 1; found {found.ema}")
-    if found.batch_size % found.accumulate:
-        raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
-    _check_machine(found)
-    _check_teaching(found)
-    unknown = sorted(set(found.tracker) - set(TRACKERS))
-    if unknown:
-        raise RunError(f"--tracker must be one of {', '.join(TRACKERS)}; found {unknown[0]}")
-    if (found.energy is not None) != (found.cost == "energy_mj"):
-        raise RunError("--energy FILE and --cost energy_mj go together; found one without the other")
+
+
+def _check_method(found: Settings) -> None:
+    """Refuse what a method, or --free, has no use for or cannot do without."""
     if (found.policy is not None) != (found.method == "static"):
         raise RunError("--policy and --method static go together; found one without the other")
     if found.method == "hindsight" and found.start is None:
