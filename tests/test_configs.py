@@ -34,7 +34,11 @@ CHANNEL = st.builds(
     init=st.sampled_from(["open", "random"]),
     levels=st.integers(1, 64),
 )
-EXIT = st.builds(ExitConfig, after=st.none() | st.lists(st.text(min_size=1) | WIDTHS, min_size=1).map(tuple))
+EXIT = st.builds(
+    ExitConfig,
+    after=st.none() | st.lists(st.text(min_size=1) | WIDTHS, min_size=1).map(tuple),
+    hidden=st.integers(0, 4096),
+)
 SIZES = st.none() | st.tuples(WIDTHS, WIDTHS, WIDTHS)
 MACS = st.integers(1, 2**60)
 BUDGET = st.one_of(
@@ -109,6 +113,8 @@ WRONG: list[tuple[Any, dict[str, Any], str, str]] = [
     (ExitConfig, {"after": ()}, "at least one", "()"),
     (ExitConfig, {"after": "layer1"}, "tuple", "'layer1'"),
     (ExitConfig, {"after": (1.5,)}, "str", "1.5"),
+    (ExitConfig, {"hidden": -1}, "hidden must be an int of at least 1", "-1"),
+    (ExitConfig, {"hidden": 2.0}, "hidden must be an int", "2.0"),
     (ExitConfig, {"after": (True,)}, "str", "True"),
     (BudgetConfig, {}, "exactly one", "none"),
     (BudgetConfig, {"macs": 10, "fraction": 0.5}, "exactly one", "macs, fraction"),

@@ -194,3 +194,19 @@ def test_the_head_gives_the_trunk_all_of_its_gradient() -> None:
         return model.conv1.weight.grad
 
     assert_near(gradient(0.0), gradient(1.0))
+
+
+@torch.no_grad()
+def test_a_hidden_convolution_before_the_classifier() -> None:
+    model = td.add_exits(stock("basic"), td.ExitConfig(("layer1", "layer4.0"), hidden=12)).eval()
+    plain = td.add_exits(stock("basic"), td.ExitConfig(("layer1", "layer4.0")))
+    first, second = model.exits.heads
+    assert [head.fc.in_features for head in (first, second)] == [12, 12]
+    assert not any(isinstance(layer, nn.MaxPool2d) for layer in second.pools)  # as in the last stage without it
+    assert len(first.pools) == len(plain.exits.heads[0].pools) + 4
+    x = torch.randn(2, second.pools[0].in_channels, 3, 5)
+    depthwise, pointwise, norm = second.pools[:3]
+    assert_near(second(x), second.fc(norm(pointwise(depthwise(x))).relu().mean((2, 3))))
+    rows = td.cost_table(model, (3, 40, 40)).exits[1].head - td.cost_table(plain, (3, 40, 40)).exits[1].head
+    channels, area = pointwise.in_channels, 2 * 2
+    assert rows == area * channels * (9 + 12) + CLASSES * (12 - channels)

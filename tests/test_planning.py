@@ -352,6 +352,21 @@ def test_exits_stand_where_they_are_asked_for(tmp_path: Path, capsys: pytest.Cap
         assert not (tmp_path / "wrong").exists()
 
 
+def test_exits_alone_keep_the_head(start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    free = ("--free", "1", "--shut", "0", "--open", "0.5", "--channel-mode", "none", "--spread", "0")
+    exits = ("--exits-alone", "--exits-after", "layer2,layer3.0", "--exit-hidden", "8", "--distill-exits", "0.5")
+    stages = ("--stage", "iadi.epochs=0", "--stage", "follow.epochs=0.1", "--alpha", "0", "--gain")
+    assert call(ddi, "--start", start, *free, *exits, *stages, "--output", run, *FEW) == 0
+    model: Any = timm.create_model(f"local-dir:{run}", pretrained=True)
+    assert [head.fc.in_features for head in model.exits.heads] == [8, 8]
+    assert model.exits.config.hidden == 8
+    before = td.strip(timm.create_model(f"local-dir:{start}", pretrained=True)).state_dict()
+    after = td.strip(model).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+
+
 @pytest.mark.parametrize(("given", "found"), [(None, 1.0), (0.25, 0.25)])
 def test_a_task_gets_the_share_of_the_exits_gradient(tmp_path: Path, given: float | None, found: float) -> None:
     model: Any = td.add_exits(timm.create_model("skipnet_resnet20_cifar"))

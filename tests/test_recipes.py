@@ -393,6 +393,8 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ({"workers": -1}, "--workers must be 0 or above; found -1"),
         ({"max_steps": 0}, "--max-steps must be above 0; found 0"),
         ({"exit_gradient": 1.5}, "--exit-gradient must be in 0..1; found 1.5"),
+        ({"exit_gradient": 0.5, "exits_alone": True}, "--exits-alone leaves the trunk as it is: not with --exit-grad"),
+        ({"exit_hidden": -1}, "--exit-hidden must be 0 or above; found -1"),
         ({"distill": float("inf")}, "--distill must be a finite number; found inf"),
     ],
 )

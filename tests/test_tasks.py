@@ -11,9 +11,10 @@ from torch import nn
 
 import timm_dynamic as td
 from timm_dynamic import losses
+from timm_dynamic.forward import decide
 from timm_dynamic.gates import OPEN_PROB
 from timm_dynamic.surgery import group_counts
-from timm_dynamic.tasks import BaseTask, DynamicTask, FollowTask, WarmupTask
+from timm_dynamic.tasks import BaseTask, DynamicTask, ExitsTask, FollowTask, WarmupTask
 
 SIZE = (3, 32, 32)
 
@@ -226,6 +227,38 @@ def test_dynamic_task_wants_alpha_or_a_target() -> None:
         DynamicTask(network(), 1, 1, alpha=1.0, target=0.5)
     with pytest.raises(ValueError, match=r"in \(0, 1\], found 1.5"):
         DynamicTask(network(), 1, 1, target=1.5)
+
+
+def test_exits_alone_leave_the_rest_as_it_is() -> None:
+    model: Any = network(exits=True)
+    before = copy.deepcopy(model.state_dict())
+    task, (x, y) = ExitsTask(model).train(), batch()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("exits"))
+    optimizer = torch.optim.SGD(model.exits.parameters(), 0.1)
+    losses_seen = []
+    for _ in range(20):
+        found = task(x, y)
+        losses_seen.append(found["loss"].item())
+        found["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses_seen[-1] < 0.7 * losses_seen[0]
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("exits") for name in moved)
+
+
+def test_exits_alone_may_follow_the_head() -> None:
+    model: Any = network(exits=True)
+    x, y = batch()
+    with torch.no_grad():
+        plain, taught = (ExitsTask(model, distill_exits=weight).train()(x, y)["loss"] for weight in (0.0, 0.5))
+        *early, head = decide(model, x).exit_logits
+    assert torch.allclose(plain, losses.exit_cross_entropy(early, y, losses.exit_weights(3)[:-1]))
+    assert torch.allclose(taught - plain, 0.5 * sum(losses.distillation(logits, head) for logits in early))
+    with pytest.raises(ValueError, match="call add_exits"):
+        ExitsTask(network())
 
 
 def test_dynamic_task_tells_the_exits_what_the_trunk_gets_of_their_gradient() -> None:

@@ -15,11 +15,11 @@ class ExitHead(nn.Module):
     """A branch classifier (DDI, supplement 8, fig. 13). [B, C, H, W] -> [B, classes].
 
     Each pooling step halves the resolution and doubles the channels up to 256: 2x2 max pool, 3x3 depthwise and 1x1
-    convolution, batch norm, ReLU. Then average pool and linear. The convolutions and the widening are ours: the paper
-    gives the pooling alone.
+    convolution, batch norm, ReLU. Then, if wanted, the same once more to any number of channels, without the max pool.
+    Then average pool and linear. The convolutions and the widening are ours: the paper gives the pooling alone.
     """
 
-    def __init__(self, channels: int, num_classes: int, pools: int, normalise: bool) -> None:
+    def __init__(self, channels: int, num_classes: int, pools: int, normalise: bool, hidden: int = 0) -> None:
         """Build the classifier.
 
         Args:
@@ -27,20 +27,18 @@ class ExitHead(nn.Module):
             num_classes: 0 for no linear layer, as in timm.
             pools: how many pooling steps: max(0, 3 - k) at stage k.
             normalise: start with batch norm and ReLU (features of a DenseNet come without).
+            hidden: channels of the convolution after the pooling steps; 0 for none.
         """
         super().__init__()
         self.pre = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) if normalise else nn.Identity()
-        steps = []
+        steps: list[nn.Module] = []
         for _ in range(pools):
             width = max(channels, min(2 * channels, 256))
-            steps += [
-                nn.MaxPool2d(2, ceil_mode=True),
-                nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, width, 1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),
-            ]
+            steps += [nn.MaxPool2d(2, ceil_mode=True), *_separable(channels, width)]
             channels = width
+        if hidden:
+            steps += _separable(channels, hidden)
+            channels = hidden
         self.pools = nn.Sequential(*steps)
         self.num_features = channels
         self.fc: nn.Module = nn.Identity()
@@ -55,6 +53,16 @@ class ExitHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W] -> logits [B, classes]."""
         return self.fc(self.pools(self.pre(x)).mean((2, 3)))
+
+
+def _separable(channels: int, width: int) -> list[nn.Module]:
+    """3x3 depthwise and 1x1 convolution, batch norm, ReLU. [B, channels, H, W] -> [B, width, H, W]."""
+    return [
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+        nn.Conv2d(channels, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    ]
 
 
 class Exits(Exact):

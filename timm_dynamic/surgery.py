@@ -95,12 +95,10 @@ def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> 
         )
 
     def build() -> Exits:
-        heads = [
-            ExitHead(
-                families.channels_after(all_units, i), classes, max(0, 2 - all_units[i].stage), all_units[i].kind.grows
-            )
-            for i in after
-        ]
+        heads = []
+        for i in after:
+            unit, channels = all_units[i], families.channels_after(all_units, i)
+            heads.append(ExitHead(channels, classes, max(0, 2 - unit.stage), unit.kind.grows, chosen.hidden))
         return Exits(chosen, after, heads)
 
     return _attach(model, "exits", build)

@@ -83,6 +83,14 @@ def _distance(teachers: tuple[nn.Module, ...], logits: Tensor, x: Tensor, weight
     return loss
 
 
+def _from_head(decisions: Decisions, weight: float) -> Tensor | float:
+    """Distance of the earlier exits' logits from the head's, all exits together."""
+    if not weight:
+        return 0.0
+    *early, head = decisions.exit_logits
+    return weight * sum(losses.distillation(logits, head) for logits in early)
+
+
 class BaseTask(nn.Module):
     """Cross entropy of a plain classifier.
 
@@ -230,19 +238,21 @@ def _units(model: nn.Module) -> int:
 class ExitsTask(nn.Module):
     """Exits learn to classify what a network that stands still gives them: exits without joint training.
 
-    The trunk and the gates stay in eval mode and get no gradient.
+    The trunk and the gates stay in eval mode and get no gradient: all that reaches the head keeps its accuracy.
 
     Args:
         model: a dynamic network with exits.
         exit_weighting: weights of the exits' cross entropies.
+        distill_exits: weight of the distance of each earlier exit's logits from the head's.
     """
 
-    def __init__(self, model: nn.Module, exit_weighting: losses.ExitWeighting = "uniform"):
+    def __init__(self, model: nn.Module, exit_weighting: losses.ExitWeighting = "uniform", distill_exits: float = 0.0):
         super().__init__()
         if not hasattr(model, "exits"):
             raise ValueError("this trains exits and the model has none: call add_exits")
         self.model = model
         self.exit_weighting = exit_weighting
+        self.distill_exits = distill_exits
 
     def train(self, mode: bool = True) -> ExitsTask:
         """Sets the mode of the exits and of the root; all else stays in eval mode."""
@@ -257,6 +267,7 @@ class ExitsTask(nn.Module):
         decisions = decide(self.model, x)
         weights = losses.exit_weights(len(decisions.exit_logits), self.exit_weighting)
         loss = losses.exit_cross_entropy(decisions.exit_logits[:-1], y, weights[:-1])
+        loss = loss + _from_head(decisions, self.distill_exits)
         return {"loss": loss, "accuracy": _accuracy(decisions.logits, y), "keep_ratio": _keep_ratio(decisions)}
 
 
@@ -370,9 +381,7 @@ class DynamicTask(nn.Module):
     def _classify(self, decisions: Decisions, x: Tensor, y: Tensor) -> Tensor:
         """Cross entropies over the exits, the head's distance from the teacher and the earlier exits' from the head."""
         loss = self._cross_entropy(decisions, y) + _distance(self.teacher, decisions.logits, x, self.distill)
-        for logits in decisions.exit_logits[:-1] if self.distill_exits else ():
-            loss = loss + self.distill_exits * losses.distillation(logits, decisions.exit_logits[-1])
-        return loss
+        return loss + _from_head(decisions, self.distill_exits)
 
     def _cross_entropy(self, decisions: Decisions, y: Tensor) -> Tensor:
         weights = losses.exit_weights(len(decisions.exit_logits), self.exit_weighting)

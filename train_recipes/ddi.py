@@ -3,10 +3,12 @@
 accelerate launch train_recipes/ddi.py
 """
 
+from dataclasses import replace
+
 import flags
 import options
 from loop import run
-from stages import Stage, add_all_gates, add_exits, base_task, dynamic_task, warmup_task
+from stages import Stage, add_all_gates, add_exits, base_task, dynamic_task, exits_task, warmup_task
 
 STAGES = (
     Stage("base", base_task, epochs=12, lr=0.1),
@@ -14,12 +16,14 @@ STAGES = (
     Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.3, clip=5.0),
     Stage("ddi", dynamic_task, surgery=add_exits, epochs=12, lr=0.05, gate_lr=0.3, clip=5.0),
 )
+ALONE = (*STAGES[:3], replace(STAGES[3], task=exits_task, trains="exits"))
 
 
 @flags.takes(flags.RUN, flags.TRAINING, flags.GATES, flags.CHANNELS, flags.EXITS, model="ddi_resnet20_cifar")
 def main(**values: object) -> None:
     """Train a DDI network; without options ddi_resnet20_cifar on the digits, to half of the dense MACs."""
-    run(STAGES, options.settings("ddi", values, prefix="ddi_", target=0.5))
+    found = options.settings("ddi", values, prefix="ddi_", target=0.5)
+    run(ALONE if found.exits_alone else STAGES, found)
 
 
 if __name__ == "__main__":

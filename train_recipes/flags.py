@@ -120,6 +120,12 @@ FLAGS = {
     "exits_after": _flag(
         str | None, "Stages or units with an exit, as in 1,2,layer3.2; default: every stage but the last."
     ),
+    "exit_hidden": _flag(
+        int, "Channels of one more convolution in every exit's classifier, by which it needs no features of its own."
+    ),
+    "exits_alone": _flag(
+        bool, "Train the exits alone in the last stage: all else stands still, and the head keeps its accuracy."
+    ),
     "exit_weighting": _flag(Literal["uniform", "linear"], "Weights of the exits in the loss."),
     "distill_exits": _flag(float, "Weight of the distance of the earlier exits from the last one."),
     "exit_gradient": _flag(
@@ -169,7 +175,10 @@ GATES = (
     *("distill", "teacher", "information", "shut", "open", "free", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
-EXITS = ("exits_after", "exit_weighting", "distill_exits", "exit_gradient", "calibrate")
+EXITS = (
+    *("exits_after", "exit_hidden", "exits_alone", "exit_weighting", "distill_exits", "exit_gradient"),
+    *("calibrate",),
+)
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy")
 

@@ -27,7 +27,7 @@ def run(stages: tuple[Stage, ...], settings: Settings) -> None:
     stages = planned(stages, settings)
     if settings.gain and any(stage.surgery is not None for stage in stages) and not _adapting(stages):
         raise RunError(
-            "--gain trains a static network for as long as the gated one was trained as a whole: it needs such a "
+            "--gain trains a static network for as long as the gated one learned, gates alone aside: it needs such a "
             f"stage; found {', '.join(stage.name for stage in stages)}"
         )
     if settings.distill and not settings.teacher and settings.base is None and stages[0].surgery is not None:
@@ -77,8 +77,8 @@ def _load(accelerator: Accelerator, settings: Settings) -> datasets.Data:
 
 
 def _adapting(stages: tuple[Stage, ...]) -> list[Stage]:
-    """The stages in which a gated network is trained as a whole."""
-    return [stage for stage in stages if stage.name != "base" and stage.trains == "all"]
+    """The stages in which a gated network learns: as a whole, or its exits on a trunk that has learned."""
+    return [stage for stage in stages if stage.name != "base" and stage.trains != "gates"]
 
 
 def _compare_with_static(accelerator: Accelerator, stages: tuple[Stage, ...], settings: Settings) -> None:

@@ -34,7 +34,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("holdout", "spread", "distill", "information", "distill_exits", "beta", "entropy", "seed", "workers", "threads"),
-    *("checkpoint_every", "clip_grad"),
+    *("checkpoint_every", "clip_grad", "exit_hidden"),
 )
 SHARES = ("keep", "exit_gradient")
 
@@ -87,6 +87,8 @@ class Settings:
     shut: float | None = None
     open: float | None = None
     exits_after: str | None = None
+    exit_hidden: int | None = None  # as 0
+    exits_alone: bool | None = None  # as False
     exit_weighting: str = "uniform"
     distill_exits: float = 0.0
     exit_gradient: float | None = None  # as 1, and as in runs from before it
@@ -140,7 +142,9 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     values = {key: value for key, value in values.items() if key != "config"}
     for name in ("stage", "tracker"):
         values[name] = tuple(values.get(name) or ())
-    values["teacher"] = tuple(values.get("teacher") or ()) or None  # runs from before it have None of it
+    values["teacher"] = tuple(values.get("teacher") or ())
+    for name in ("teacher", "exit_hidden", "exits_alone"):
+        values[name] = values.get(name) or None  # runs from before it have None of it
     found = Settings(recipe=recipe, **values)
     if found.alpha is None and found.target is None:
         found = dataclasses.replace(found, target=target)
@@ -185,6 +189,8 @@ def _check(found: Settings, prefix: str) -> None:
         raise RunError(f"--accumulate must divide --batch-size; found {found.accumulate} and {found.batch_size}")
     _check_machine(found)
     _check_teaching(found)
+    if found.exits_alone and found.exit_gradient is not None:
+        raise RunError("--exits-alone leaves the trunk as it is: not with --exit-gradient, its share of their gradient")
     unknown = sorted(set(found.tracker) - set(TRACKERS))
     if unknown:
         raise RunError(f"--tracker must be one of {', '.join(TRACKERS)}; found {unknown[0]}")

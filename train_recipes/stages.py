@@ -222,7 +222,7 @@ def add_exits(model: nn.Module, settings: Settings) -> None:
         places = [part.strip() for part in settings.exits_after.split(",")]
         after = tuple(int(part) if part.isdigit() else part for part in places)
     try:
-        td.add_exits(model, td.ExitConfig(after=after))
+        td.add_exits(model, td.ExitConfig(after, settings.exit_hidden or 0))
     except ValueError as error:
         raise RunError(f"--exits-after {settings.exits_after}: {error}") from error
 
@@ -283,7 +283,8 @@ def dynamic_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 
 def exits_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     """Exits of a network that stands still."""
-    return ExitsTask(model, outlook.settings.exit_weighting)  # type: ignore[arg-type]
+    settings = outlook.settings
+    return ExitsTask(model, settings.exit_weighting, settings.distill_exits)  # type: ignore[arg-type]
 
 
 def _going_on(task: DynamicTask, outlook: Outlook) -> DynamicTask:
