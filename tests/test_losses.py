@@ -66,4 +66,4 @@ def test_multiplier_is_the_gradient_of_the_augmented_lagrangian() -> None:
     alpha = torch.tensor(0.3)
     (alpha * (share - 0.5) + 4.0 / 2 * (share - 0.5) ** 2).backward()
     assert share.grad is not None
-    assert losses.multiplier(alpha, share.detach(), 0.5, 4.0).item() == pytest.approx(share.grad.item())
+    assert losses.multiplier(alpha, share.detach() - 0.5, 4.0).item() == pytest.approx(share.grad.item())

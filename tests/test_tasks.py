@@ -179,17 +179,41 @@ def test_alpha_follows_the_distance_from_a_falling_target() -> None:
     x, y = batch()
     dense = td.cost_table(model, SIZE).dense
     task = DynamicTask(model, dense, steps=4, target=0.2, rate=0.5, stiffness=2.0).train()
+    table = td.cost_table(model, SIZE).units
+    left = sum(unit.dearest - unit.cheapest for unit in table) / dense
+    assert 0.8 < left < 1
     wanted = 0.0
     for target in (1.0, 0.6, 0.2, 0.2):  # falls during the first half
         found = task(x, y)
         share = found["macs_share"].item()
-        assert found["alpha"].item() == pytest.approx(wanted + 2.0 * (share - target), abs=1e-5)
-        wanted += 0.5 * (share - target)
+        assert found["alpha"].item() == pytest.approx(wanted + 2.0 * (share - target) / left, abs=1e-5)
+        wanted += 0.5 * (share - target) / left
         assert task.alpha.item() == pytest.approx(wanted, abs=1e-5)
     assert {"alpha", "seen"} <= set(task.state_dict())
     task.eval()
     task(x, y)
     assert task.alpha.item() == pytest.approx(wanted, abs=1e-5), "evaluation must not steer"
+
+
+def test_steering_counts_what_is_left_to_the_gates() -> None:
+    """As far from the target, alpha moves as much more as there is less that could be skipped."""
+    x, y = batch()
+    found = {}
+    for gated in (0, 7):
+        model = timm.create_model("skipnet_resnet20_cifar", num_classes=10).train()  # gates that keep everything
+        dense = td.cost_table(model, SIZE).dense
+        td.open_units(model, model.layer_gates.gated[:gated])
+        task = DynamicTask(model, dense, steps=4, target=0.7, anneal=0.0, rate=0.5).train()
+        share = task(x, y)["macs_share"].item()
+        free = td.cost_table(model, SIZE).units[1 + gated :]
+        left = sum(unit.branch for unit in free) / dense
+        found[gated] = task.alpha.item() * left
+        assert found[gated] == pytest.approx(0.5 * (share - 0.7), rel=1e-4)
+        assert left == pytest.approx((0.9, 0.12)[gated > 0], abs=0.1)
+    td.open_units(model, model.layer_gates.gated)
+    task = DynamicTask(model, dense, steps=4, target=0.7, anneal=0.0, rate=0.5).train()
+    share = task(x, y)["macs_share"].item()  # no gate could meet it, and nothing divides by zero
+    assert task.alpha.item() == pytest.approx(0.5 * (share - 0.7))
 
 
 def test_where_there_are_channel_gates_all_gates_are_pushed_to_the_target() -> None:
@@ -204,7 +228,7 @@ def test_where_there_are_channel_gates_all_gates_are_pushed_to_the_target() -> N
     pushed = {name for name in biases if not torch.equal(after[name], biases[name])}
     assert pushed == {name for name in biases if name.startswith(("layer_gates", "channel_gates"))}
     for name in pushed:
-        torch.testing.assert_close(after[name], biases[name] - 30 * (share - 0.1))
+        torch.testing.assert_close(after[name], biases[name] - 30 * (share - 0.1) / task._left_to_gates(x))
     found = td.decide(model.eval(), x)
     assert not any(bool(keep.any()) for keep in (found.layer_keep, *found.channel_keep)), "no gate is that sure"
     task.train()(x, y)["loss"].backward()  # the biases were moved between the passes
@@ -280,7 +304,7 @@ def test_steering_meets_the_target() -> None:
     shares = []
     for _ in range(400):
         share = torch.sigmoid(knob)  # a cost that accuracy pulls up: its gain is 0.3 per unit of share
-        weight = task._cost_weight(share.detach())
+        weight = task._cost_weight(share.detach(), 1.0)
         (weight * share - 0.3 * share).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -311,12 +335,13 @@ def test_parts_of_a_batch_steer_as_the_whole_would(channels: bool) -> None:
         torch.manual_seed(0)
         model = td.add_layer_gates(timm.create_model("resnet20_cifar"), td.LayerGateConfig(init="open"))
         model = td.add_channel_gates(model) if channels else model
-        task = DynamicTask(model, 10_000_000, 100, target=0.5, anneal=0.0, parts=parts).train()
+        dense = td.cost_table(model, SIZE).dense
+        task = DynamicTask(model, dense, 100, target=0.5, anneal=0.0, parts=parts).train()
         before = model.layer_gates.fc.bias.item()
         for a, b in zip(x.repeat(parts, 1, 1, 1).chunk(parts), y.repeat(parts).chunk(parts), strict=True):
             task(a, b)
         moved.append((task.alpha.item(), model.layer_gates.fc.bias.item() - before))
-    assert moved[0][0] > 0.05
+    assert moved[0][0] > 0.009
     assert moved[1][0] == pytest.approx(moved[0][0], rel=0.2)
     assert moved[1][1] == pytest.approx(moved[0][1], rel=0.2)
     assert bool(moved[0][1]) == channels

@@ -55,7 +55,7 @@ class HindsightTask(DynamicTask):
         layers: the dearer policy, 1 (run) or 0 for each layer gate.
         free: how many of its last units are left to the gates.
         mixing: share of the steps in which some images run either policy at random.
-        rate: how fast alpha follows the distance from the target.
+        stiffness: direct push back on the distance from the target, for which gates that learn slowly leave less room.
         **steering: `alpha` or `target` and the other options of `DynamicTask`.
 
     Raises:
@@ -74,10 +74,10 @@ class HindsightTask(DynamicTask):
         layers: str,
         free: int,
         mixing: float = 0.5,
-        rate: float = 0.2,
+        stiffness: float = 0.5,
         **steering: Any,
     ):
-        super().__init__(model, dense_cost, steps, rate=rate, **steering)
+        super().__init__(model, dense_cost, steps, stiffness=stiffness, **steering)
         gates = len(getattr(model, "layer_gates", ()))
         if not gates or hasattr(model, "channel_gates") or hasattr(model, "exits"):
             raise ValueError("hindsight compares policies of layers: the model needs layer gates, and no other parts")
@@ -106,7 +106,7 @@ class HindsightTask(DynamicTask):
         first = self.free[0]  # up to here both are the same
         goes_on = dear.layer_prob[:, first] >= 0.5
         share = losses.cost_share(torch.where(goes_on, dear.cost, cheap.cost).detach(), self.dense_cost)
-        weight = self._cost_weight(mean_over_processes(share))
+        weight = self._cost_weight(mean_over_processes(share), self._left_to_gates(x))
         worth = self._worth(cheap, dear, y)
         price = weight * (dear.cost - cheap.cost).detach() / self.dense_cost
         loss = self._hindsight(cheap, worth - price) + self._hindsight(dear, worth - price)

@@ -74,13 +74,13 @@ def annealed_target(target: float, progress: Tensor, anneal: float = 0.5) -> Ten
     return (1 + (target - 1) * (progress / anneal).clamp(max=1)).float() if anneal > 0 else target
 
 
-def multiplier(alpha: Tensor, share: Tensor, target: Tensor | float, stiffness: float) -> Tensor:
-    """Weight of the cost term that holds ``share`` at ``target``.
+def multiplier(alpha: Tensor, distance: Tensor, stiffness: float) -> Tensor:
+    """Weight of the cost term that brings the ``distance`` of the cost from its target to nothing.
 
-    The gradient of ``alpha * (share - target) + stiffness / 2 * (share - target) ** 2`` with respect to the share: an
-    augmented Lagrangian, which pushes back at once and lets ``alpha`` move slowly.
+    The gradient of ``alpha * distance + stiffness / 2 * distance ** 2`` with respect to the distance: an augmented
+    Lagrangian, which pushes back at once and lets ``alpha`` move slowly.
     """
-    return alpha + stiffness * (share - target)
+    return alpha + stiffness * distance
 
 
 # Reinforcement (SkipNet, section 3.2) --------------------------------------------------------------------------------

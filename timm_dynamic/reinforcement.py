@@ -106,7 +106,7 @@ class ReinforceTask(DynamicTask):
         decisions = self._sampled(x)
         counted = self.model.dynamic.priced is None  # type: ignore[union-attr]
         share = losses.cost_share((greedy if greedy and counted else decisions).cost, self.dense_cost)
-        weight = self._cost_weight(mean_over_processes(share.detach()))
+        weight = self._cost_weight(mean_over_processes(share.detach()), self._left_to_gates(x))
         paid = self._paid(decisions, y, weight)
         temperature = self.temperature.item()
         prob = self._open(sharpened(decisions.layer_prob, temperature))

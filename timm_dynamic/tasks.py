@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
+from .costs import CostTable
 from .forward import Decisions, decide
 from .gates import GATES, OPEN_PROB, gate_parts, lower_logits
 from .surgery import force, group_counts
@@ -275,10 +276,12 @@ class DynamicTask(nn.Module):
     """Cross entropies over the exits plus the cost of what ran, as a share of the dense model's cost.
 
     Either ``alpha`` is fixed, or the mean cost is steered to ``target``: alpha follows the distance from it, by which
-    gates learn to do without what matters least. Channel gates are small, each learns from one unit, and alpha alone
-    is slow to move them all: where there are any, the biases of all gates are pushed as well, by the same amount, in
-    proportion to the distance. The steered alpha and the count of batches are buffers, so that they are in checkpoints;
-    the share they follow is the mean over all processes.
+    gates learn to do without what matters least. The distance is counted as a share of what is left to the gates: a
+    unit of a deep network, or one of few that are not settled, is worth as much as another and costs less. Channel
+    gates are small, each learns from one unit, and alpha alone is slow to move them all: where there are any, the
+    biases of all gates are pushed as well, by the same amount, in proportion to the distance. The steered alpha and
+    the count of batches are buffers, so that they are in checkpoints; the share they follow is the mean over all
+    processes.
 
     Args:
         model: a dynamic network.
@@ -287,8 +290,8 @@ class DynamicTask(nn.Module):
         alpha: fixed weight of the cost term; not together with ``target``.
         target: share of the dense cost to aim at.
         exit_weighting: weights of the exits' cross entropies.
-        rate: how fast alpha follows the distance from the target.
-        stiffness: direct push back on the distance from the target.
+        rate: how fast alpha follows the distance from the target, as a share of what is left to the gates.
+        stiffness: direct push back on that distance.
         push: what the gates' logits are lowered by in a step, for each unit of distance, if there are channel gates.
         anneal: share of the steps during which the target falls.
         label_smoothing: as in ``F.cross_entropy``.
@@ -356,7 +359,7 @@ class DynamicTask(nn.Module):
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B]."""
         decisions = decide(self.model, x)
         share = losses.cost_share(decisions.cost - self._early_exits(x), self.dense_cost)
-        weight = self._cost_weight(mean_over_processes(share.detach()))
+        weight = self._cost_weight(mean_over_processes(share.detach()), self._left_to_gates(x))
         loss = self._classify(decisions, x, y) + weight * share
         if self.information and decisions.layer_prob.shape[1]:
             loss = loss - self.information * losses.unit_information(of_free_units(self.model, decisions.layer_prob))
@@ -366,9 +369,16 @@ class DynamicTask(nn.Module):
 
     def _early_exits(self, x: Tensor) -> float:
         """What the exits before the head cost for an image of ``x``: evaluated in training, not without a budget."""
+        return sum(one.head for one in self._table(x).exits[:-1])
+
+    def _left_to_gates(self, x: Tensor) -> float:
+        """By what decisions can change the cost of an image of ``x``, as a share of the dense cost; 1 if by nothing."""
+        head = self._table(x).exits[-1]
+        return (head.dearest - head.cheapest) / self.dense_cost or 1.0
+
+    def _table(self, x: Tensor) -> CostTable:
         dynamic: Any = self.model.dynamic
-        table = table_for(self.model, tuple(x.shape[1:])) if dynamic.priced is None else dynamic.priced
-        return sum(one.head for one in table.exits[:-1])
+        return table_for(self.model, tuple(x.shape[1:])) if dynamic.priced is None else dynamic.priced
 
     def _metrics(self, decisions: Decisions, y: Tensor, share: Tensor, weight: Tensor) -> dict[str, Tensor]:
         return {
@@ -387,8 +397,11 @@ class DynamicTask(nn.Module):
         weights = losses.exit_weights(len(decisions.exit_logits), self.exit_weighting)
         return losses.exit_cross_entropy(decisions.exit_logits, y, weights, self.label_smoothing)
 
-    def _cost_weight(self, share: Tensor) -> Tensor:
-        """Weight of the cost term for a batch whose mean cost is ``share``; in training it moves alpha one step."""
+    def _cost_weight(self, share: Tensor, left: float) -> Tensor:
+        """Weight of the cost term for a batch whose mean cost is ``share``; in training it moves alpha one step.
+
+        left: to the gates, of the dense cost.
+        """
         seen = self.seen.clone()
         if self.training:
             self.seen += 1
@@ -396,9 +409,10 @@ class DynamicTask(nn.Module):
             return self.alpha.clone()
         # On the device, so that a GPU is not waited for, and as exact as Python's numbers.
         target = losses.annealed_target(self.target, seen.double() / self.steps, self.anneal)
-        weight = losses.multiplier(self.alpha, share, target, self.stiffness)
+        distance = (share - target) / left
+        weight = losses.multiplier(self.alpha, distance, self.stiffness)
         if self.training:
-            self.alpha += self.rate * (share - target)
+            self.alpha += self.rate * distance
             for part in gate_parts(self.model) if hasattr(self.model, "channel_gates") else ():
-                lower_logits(part, self.push * (share - target))
+                lower_logits(part, self.push * distance)
         return weight
