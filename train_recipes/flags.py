@@ -121,7 +121,7 @@ FLAGS = {
         str | None, "Stages or units with an exit, as in 1,2,layer3.2; default: every stage but the last."
     ),
     "exit_hidden": _flag(
-        int, "Channels of one more convolution in every exit's classifier, by which it needs no features of its own."
+        int | None, "Channels of one more convolution in every exit's classifier, for features not made for it."
     ),
     "exits_alone": _flag(
         bool, "Train the exits alone in the last stage: all else stands still, and the head keeps its accuracy."
