@@ -43,6 +43,20 @@ def batch(images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(images, *SIZE, generator=generator), torch.randint(10, (images,), generator=generator)
 
 
+def trained(task: nn.Module, steps: int, **sgd: float) -> list[float]:
+    """The loss before each step on one batch, of what is not frozen."""
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], **sgd)
+    x, y = batch()
+    seen = []
+    for _ in range(steps):
+        loss = task(x, y)["loss"]
+        seen.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
 def test_base_task_is_cross_entropy() -> None:
     model = random_norms(timm.create_model("resnet20_cifar", num_classes=10)).eval()
     x, y = batch()
@@ -57,15 +71,7 @@ def test_warmup_opens_the_gates_and_leaves_the_base_as_it_is() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in ("layer_gates", "channel_gates"))
     task = WarmupTask(model).train()
-    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    x, y = batch()
-    shut = []
-    for _ in range(30):
-        found = task(x, y)
-        shut.append(found["loss"].item())
-        found["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    shut = trained(task, 30, lr=0.05, momentum=0.9)
     assert shut[0] > 5
     assert shut[-1] == 0
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -256,18 +262,10 @@ def test_dynamic_task_wants_alpha_or_a_target() -> None:
 def test_exits_alone_leave_the_rest_as_it_is() -> None:
     model: Any = network(exits=True)
     before = copy.deepcopy(model.state_dict())
-    task, (x, y) = ExitsTask(model).train(), batch()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("exits"))
-    optimizer = torch.optim.SGD(model.exits.parameters(), 0.1)
-    losses_seen = []
-    for _ in range(20):
-        found = task(x, y)
-        losses_seen.append(found["loss"].item())
-        found["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses_seen[-1] < 0.7 * losses_seen[0]
+    loss = trained(ExitsTask(model).train(), 20, lr=0.1)
+    assert loss[-1] < 0.7 * loss[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.startswith("exits") for name in moved)
@@ -336,12 +334,12 @@ def test_parts_of_a_batch_steer_as_the_whole_would(channels: bool) -> None:
         model = td.add_layer_gates(timm.create_model("resnet20_cifar"), td.LayerGateConfig(init="open"))
         model = td.add_channel_gates(model) if channels else model
         dense = td.cost_table(model, SIZE).dense
-        task = DynamicTask(model, dense, 100, target=0.5, anneal=0.0, parts=parts).train()
+        task = DynamicTask(model, dense, 100, target=0.5, anneal=0.0, rate=0.2, parts=parts).train()
         before = model.layer_gates.fc.bias.item()
         for a, b in zip(x.repeat(parts, 1, 1, 1).chunk(parts), y.repeat(parts).chunk(parts), strict=True):
             task(a, b)
         moved.append((task.alpha.item(), model.layer_gates.fc.bias.item() - before))
-    assert moved[0][0] > 0.009
+    assert moved[0][0] > 0.05
     assert moved[1][0] == pytest.approx(moved[0][0], rel=0.2)
     assert moved[1][1] == pytest.approx(moved[0][1], rel=0.2)
     assert bool(moved[0][1]) == channels

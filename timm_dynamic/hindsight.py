@@ -16,7 +16,6 @@ from .gates import GATES
 from .modes import modes_kept
 from .surgery import force
 from .tasks import TINY, DynamicTask, following, mean_over_processes, zero_of_all
-from .walk import dynamic_of, table_for
 
 MOST_WEIGHT = 2.0  # nats; no image counts for more
 
@@ -93,8 +92,7 @@ class HindsightTask(DynamicTask):
 
         input_size: (channels, height, width) of an image.
         """
-        table = dynamic_of(self.model).priced or table_for(self.model, input_size)
-        cheap, dear = (table.price(self.policies.cpu()).double() / self.dense_cost).tolist()
+        cheap, dear = (self._table(input_size).price(self.policies.cpu()).double() / self.dense_cost).tolist()
         return cheap, dear
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

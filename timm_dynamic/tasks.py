@@ -18,7 +18,7 @@ from .costs import CostTable
 from .forward import Decisions, decide
 from .gates import GATES, OPEN_PROB, gate_parts, lower_logits
 from .surgery import force, group_counts
-from .walk import table_for
+from .walk import dynamic_of, table_for
 
 TINY = 1e-6
 
@@ -369,16 +369,16 @@ class DynamicTask(nn.Module):
 
     def _early_exits(self, x: Tensor) -> float:
         """What the exits before the head cost for an image of ``x``: evaluated in training, not without a budget."""
-        return sum(one.head for one in self._table(x).exits[:-1])
+        return sum(one.head for one in self._table(tuple(x.shape[1:])).exits[:-1])
 
     def _left_to_gates(self, x: Tensor) -> float:
         """By what decisions can change the cost of an image of ``x``, as a share of the dense cost; 1 if by nothing."""
-        head = self._table(x).exits[-1]
+        head = self._table(tuple(x.shape[1:])).exits[-1]
         return (head.dearest - head.cheapest) / self.dense_cost or 1.0
 
-    def _table(self, x: Tensor) -> CostTable:
-        dynamic: Any = self.model.dynamic
-        return table_for(self.model, tuple(x.shape[1:])) if dynamic.priced is None else dynamic.priced
+    def _table(self, input_size: tuple[int, ...]) -> CostTable:
+        """What the cost is counted by, for images of (channels, height, width)."""
+        return dynamic_of(self.model).priced or table_for(self.model, input_size)
 
     def _metrics(self, decisions: Decisions, y: Tensor, share: Tensor, weight: Tensor) -> dict[str, Tensor]:
         return {

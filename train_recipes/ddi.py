@@ -16,7 +16,7 @@ STAGES = (
     Stage("iadi", dynamic_task, epochs=15, lr=0.05, gate_lr=0.3, clip=5.0),
     Stage("ddi", dynamic_task, surgery=add_exits, epochs=12, lr=0.05, gate_lr=0.3, clip=5.0),
 )
-ALONE = (*STAGES[:3], replace(STAGES[3], task=exits_task, trains="exits"))
+ALONE = (*STAGES[:-1], replace(STAGES[-1], task=exits_task, trains="exits"))
 
 
 @flags.takes(flags.RUN, flags.TRAINING, flags.GATES, flags.CHANNELS, flags.EXITS, model="ddi_resnet20_cifar")

@@ -175,10 +175,7 @@ GATES = (
     *("distill", "teacher", "information", "shut", "open", "free", "gain"),
 )
 CHANNELS = ("group_size", "channel_mode")
-EXITS = (
-    *("exits_after", "exit_hidden", "exits_alone", "exit_weighting", "distill_exits", "exit_gradient"),
-    *("calibrate",),
-)
+EXITS = ("exits_after", "exit_hidden", "exits_alone", "exit_weighting", "distill_exits", "exit_gradient", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy")
 
