@@ -30,6 +30,10 @@ def network() -> Any:
     return td.add_layer_gates(model, td.LayerGateConfig(kind="rnn", init="random"))
 
 
+def with_channels() -> Any:
+    return td.add_channel_gates(network(), td.ChannelGateConfig(mode="nested", init="random"))
+
+
 def task_of(model: nn.Module, **options: Any) -> HindsightTask:
     options = {"layers": POLICY, "free": 2, "steps": 100, **options}
     return HindsightTask(model, costs_of(model, SIZE).dense, **options).train()
@@ -54,11 +58,10 @@ def test_so_many_units_cannot_be_left_out(count: int) -> None:
 
 def test_what_it_cannot_be_made_for() -> None:
     stock = timm.create_model("resnet20_cifar")
-    both = td.add_channel_gates(network())
     for model, options, message in (
-        (stock, {}, "the model needs layer gates, and no other parts"),
-        (both, {}, "the model needs layer gates, and no other parts"),
-        (td.add_exits(network()), {}, "the model needs layer gates, and no other parts"),
+        (stock, {}, "the model needs layer gates, and no exits yet"),
+        (td.add_channel_gates(stock), {}, "the model needs layer gates, and no exits yet"),
+        (td.add_exits(network()), {}, "the model needs layer gates, and no exits yet"),
         (network(), {"layers": "011"}, "a zero or a one for each of 8 layer gates; found '011'"),
         (network(), {"layers": "0110111x"}, "a zero or a one for each of 8 layer gates; found '0110111x'"),
         (network(), {"free": 6}, "from 1 to 5 units"),
@@ -75,6 +78,15 @@ def test_shares_are_what_a_forced_run_costs() -> None:
     dense = costs_of(model, SIZE).dense
     for share, policy in zip(found, (SHORT, POLICY), strict=True):
         with torch.no_grad(), td.force(model.eval(), layer_keep=torch.tensor([[d == "1" for d in policy]])):
+            assert share == pytest.approx(td.decide(model, x).macs[0].item() / dense)
+
+
+def test_shares_are_the_least_and_the_most_where_channel_gates_choose_too() -> None:
+    model, (x, _) = with_channels(), batch(1)
+    dense = costs_of(model, SIZE).dense
+    for share, policy, keep in zip(task_of(model).shares(SIZE), (SHORT, POLICY), (0.0, 1.0), strict=True):
+        layers = torch.tensor([[digit == "1" for digit in policy]])
+        with torch.no_grad(), td.force(model.eval(), layer_keep=layers, channel_keep=keep):
             assert share == pytest.approx(td.decide(model, x).macs[0].item() / dense)
 
 
@@ -96,7 +108,7 @@ def test_worth_is_the_difference_of_the_losses_of_the_network_as_it_is() -> None
     cheap, dear = (F.cross_entropy(under(model, policy, x), y) for policy in (SHORT, POLICY))
     before = copy.deepcopy(model.state_dict())
     task = task_of(model)
-    with task._trunk_stands_still():
+    with task._all_but_layer_gates_still():
         assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
         assert not any(p.requires_grad for name, p in model.named_parameters() if "layer_gates" not in name)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -111,7 +123,7 @@ def test_what_was_frozen_stays_frozen() -> None:
     model.bn1.eval()
     task = task_of(model)
     model.bn1.eval()
-    with task._trunk_stands_still():
+    with task._all_but_layer_gates_still():
         pass
     assert not model.conv1.weight.requires_grad
     assert not model.bn1.training
@@ -134,6 +146,39 @@ def test_only_gates_learn_from_hindsight() -> None:
             assert found[name].abs().sum() > 0, name
         elif p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_channel_gates_learn_from_what_was_run_and_what_it_cost() -> None:
+    """Their gradient is that of the images' own policies, with the cost; none comes from comparing policies."""
+    model, (x, y) = with_channels(), batch()
+    task = task_of(model, alpha=0.7, mixing=0.0)
+    drawn: list[torch.Tensor] = []
+    task._drawn = lambda *found: drawn.append(HindsightTask._drawn(task, *found)) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+    task(x, y)["loss"].backward()
+    found = {name: p.grad.clone() for name, p in model.channel_gates.named_parameters()}
+    model.zero_grad()
+    with td.force(model, layer_keep=drawn[0]):
+        decisions = td.decide(model, x)
+    (F.cross_entropy(decisions.logits, y) + 0.7 * decisions.cost.mean() / task.dense_cost).backward()
+    for name, p in model.channel_gates.named_parameters():
+        wanted = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-6)
+    assert sum(values.abs().sum() for values in found.values()) > 0
+
+
+def test_a_distance_from_the_target_pushes_channel_gates_alone() -> None:
+    model, (x, y) = with_channels(), batch()
+    task = task_of(model, target=0.05, anneal=0.0)
+    before = copy.deepcopy(model.state_dict())
+    share = task(x, y)["macs_share"].item()
+    assert share > 0.06
+    head = costs_of(model, SIZE).exits[-1]
+    push = task.push * (share - 0.05) / ((head.dearest - head.cheapest) / task.dense_cost)
+    for name, value in model.state_dict().items():
+        if name.startswith("channel_gates") and name.endswith("fc.bias"):
+            torch.testing.assert_close(value, before[name] - push)
+        elif name.startswith("layer_gates"):
+            assert torch.equal(value, before[name]), name
 
 
 def test_gates_learn_which_images_need_the_units() -> None:

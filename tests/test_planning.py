@@ -169,10 +169,11 @@ def test_two_free_units_are_trained_by_sp_and_hrl(start: Path, tmp_path: Path) -
     assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
 
 
+@pytest.mark.parametrize("more", [(), ("--hindsight",)])
 @pytest.mark.parametrize("recipe", [iadi, ddi])
-def test_channel_gates_beside_free_units(recipe: Any, start: Path, tmp_path: Path) -> None:
+def test_channel_gates_beside_free_units(recipe: Any, more: tuple[str, ...], start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ("--start", start, "--free", 2, "--shut", 0.0, "--open", 1.0, "--channel-mode", "nested")
+    options = ("--start", start, "--free", 2, "--shut", 0.0, "--open", 1.0, "--channel-mode", "nested", *more)
     assert call(recipe, *options, "--target", 0.5, "--output", run, *FEW) == 0
     found = timm.create_model(f"local-dir:{run}", pretrained=True)
     free = [place for place, digit in enumerate(POLICY) if digit == "1"][-2:]
@@ -180,6 +181,8 @@ def test_channel_gates_beside_free_units(recipe: Any, start: Path, tmp_path: Pat
     assert found.layer_gates.config.memory == "free"
     assert len(found.channel_gates) == len(POLICY)
     assert hasattr(found, "exits") == (recipe is ddi)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows if "worth" in row["train"]} == ({"iadi"} if more else set())
 
 
 def test_the_certainty_of_the_classifier_is_told(
@@ -306,7 +309,7 @@ def test_gates_that_learn_from_hindsight(start: Path, tmp_path: Path) -> None:
 def test_what_hindsight_needs_is_one_line(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--method", "hindsight", "--output", tmp_path / "run", "--stage", "follow.iterations=1", *FEW[:4])
     for options, message in (
-        ((), "--method hindsight starts from a finished run of --method static: give --start"),
+        ((), "hindsight starts from a finished run of --method static: give --start"),
         (("--start", start, "--free", 5), "from 1 to 4 units of the policy 01011010"),
         (("--start", start, "--information", 0.1), "no use for --information; found 0.1"),
         (("--start", start, "--target", 0.9), "--target must lie between 0."),

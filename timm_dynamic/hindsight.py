@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from . import losses
 from .forward import Decisions, decide
-from .gates import GATES
 from .modes import modes_kept
 from .surgery import force
 from .tasks import TINY, DynamicTask, following, mean_over_processes, zero_of_all
@@ -47,8 +46,11 @@ class HindsightTask(DynamicTask):
     The network itself learns from images under the policies that their gates say; during the first part of training
     a share of them, which falls from 1 to 0, runs either policy at random instead, so that both are learned.
 
+    Channel gates, where there are any, choose under either policy, and learn as in `DynamicTask`: through what they
+    keep, from the loss and from the cost of the units that their image runs.
+
     Args:
-        model: a dynamic network with layer gates only, trained under the dearer policy.
+        model: a dynamic network with layer gates, trained under the dearer policy; it may have channel gates.
         dense_cost: of the stock model for one image, in the unit of `Decisions.cost`.
         steps: batches that this task will see.
         layers: the dearer policy, 1 (run) or 0 for each layer gate.
@@ -58,8 +60,8 @@ class HindsightTask(DynamicTask):
         **steering: `alpha` or `target` and the other options of `DynamicTask`.
 
     Raises:
-        ValueError: if the network has channel gates, exits or no layer gates, or the policy does not fit it; if
-            nothing is left to the gates.
+        ValueError: if the network has exits or no layer gates, or the policy does not fit it; if nothing is left to the
+            layer gates.
     """
 
     policies: Tensor
@@ -78,8 +80,8 @@ class HindsightTask(DynamicTask):
     ):
         super().__init__(model, dense_cost, steps, stiffness=stiffness, **steering)
         gates = len(getattr(model, "layer_gates", ()))
-        if not gates or hasattr(model, "channel_gates") or hasattr(model, "exits"):
-            raise ValueError("hindsight compares policies of layers: the model needs layer gates, and no other parts")
+        if not gates or hasattr(model, "exits"):
+            raise ValueError("hindsight compares policies of layers: the model needs layer gates, and no exits yet")
         if len(layers) != gates or set(layers) - {"0", "1"}:
             raise ValueError(f"a policy has a zero or a one for each of {gates} layer gates; found {layers!r}")
         both = [[digit == "1" for digit in policy] for policy in (without_last(layers, free), layers)]
@@ -88,11 +90,17 @@ class HindsightTask(DynamicTask):
         self.free = (self.policies[0] != self.policies[1]).nonzero().flatten().tolist()
 
     def shares(self, input_size: tuple[int, int, int]) -> tuple[float, float]:
-        """What the cheaper and the dearer policy cost, gates included, as shares of the dense cost.
+        """What the cheaper policy costs at least and the dearer at most, gates included, as shares of the dense cost.
 
+        They differ by more than the units left to the gates where channel gates choose too.
         input_size: (channels, height, width) of an image.
         """
-        cheap, dear = (self._table(input_size).price(self.policies.cpu()).double() / self.dense_cost).tolist()
+        table, policies = self._table(input_size), self.policies.cpu()
+        sizes = [len(groups) for unit in table.units for groups in unit.sizes]
+        cheap, dear = (
+            table.price(policy[None], [torch.full((1, groups), every) for groups in sizes]).item() / self.dense_cost
+            for policy, every in zip(policies, (False, True), strict=True)
+        )
         return cheap, dear
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -111,11 +119,13 @@ class HindsightTask(DynamicTask):
         with force(self.model, layer_keep=self._drawn(cheap, dear, goes_on)):
             decisions = decide(self.model, x)
         loss = loss + self._classify(decisions, x, y) + zero_of_all(self.model)
+        if hasattr(self.model, "channel_gates"):
+            loss = loss + weight * losses.cost_share(decisions.cost, self.dense_cost)
         return {"loss": loss, "worth": worth.mean(), **self._metrics(decisions, y, share, weight)}
 
     def _both(self, x: Tensor) -> tuple[Decisions, Decisions]:
-        """What is decided and what comes out under either policy; only what gates say has a gradient."""
-        with self._trunk_stands_still():
+        """What is decided and what comes out under either policy; only what layer gates say has a gradient."""
+        with self._all_but_layer_gates_still():
             found = []
             for policy in self.policies:
                 with force(self.model, layer_keep=policy[None]):
@@ -123,9 +133,9 @@ class HindsightTask(DynamicTask):
         return found[0], found[1]
 
     @contextmanager
-    def _trunk_stands_still(self) -> Iterator[None]:
-        """Batch norms in eval mode, and no gradient for anything but the gates."""
-        parts = [part for name, part in self.model.named_children() if name not in GATES]
+    def _all_but_layer_gates_still(self) -> Iterator[None]:
+        """Batch norms in eval mode, and no gradient for anything but the layer gates."""
+        parts = [part for name, part in self.model.named_children() if name != "layer_gates"]
         learning = [p for part in parts for p in part.parameters() if p.requires_grad]
         for p in learning:
             p.requires_grad_(False)
@@ -137,6 +147,9 @@ class HindsightTask(DynamicTask):
         finally:
             for p in learning:
                 p.requires_grad_(True)
+
+    def _pushed(self) -> Sequence[Any]:
+        return [self.model.channel_gates] if hasattr(self.model, "channel_gates") else []
 
     def _worth(self, cheap: Decisions, dear: Decisions, y: Tensor) -> Tensor:
         """[B]: by how many nats the dearer policy's loss is smaller."""

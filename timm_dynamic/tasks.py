@@ -413,6 +413,10 @@ class DynamicTask(nn.Module):
         weight = losses.multiplier(self.alpha, distance, self.stiffness)
         if self.training:
             self.alpha += self.rate * distance
-            for part in gate_parts(self.model) if hasattr(self.model, "channel_gates") else ():
+            for part in self._pushed():
                 lower_logits(part, self.push * distance)
         return weight
+
+    def _pushed(self) -> Sequence[Any]:
+        """The gates whose biases are pushed towards the target."""
+        return gate_parts(self.model) if hasattr(self.model, "channel_gates") else ()

@@ -4,9 +4,11 @@ accelerate launch train_recipes/ddi.py
 """
 
 from dataclasses import replace
+from typing import Any
 
 import flags
 import options
+from iadi import by_method
 from loop import run
 from stages import Stage, add_all_gates, add_exits, base_task, dynamic_task, exits_task, warmup_task
 
@@ -20,10 +22,10 @@ ALONE = (*STAGES[:-1], replace(STAGES[-1], task=exits_task, trains="exits"))
 
 
 @flags.takes(flags.RUN, flags.TRAINING, flags.GATES, flags.CHANNELS, flags.EXITS, model="ddi_resnet20_cifar")
-def main(**values: object) -> None:
+def main(**values: Any) -> None:
     """Train a DDI network; without options ddi_resnet20_cifar on the digits, to half of the dense MACs."""
     found = options.settings("ddi", values, prefix="ddi_", target=0.5)
-    run(ALONE if found.exits_alone else STAGES, found)
+    run(by_method(ALONE if found.exits_alone else STAGES, found), found)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,9 @@ FLAGS = {
         float, "Share of a trained network's sampled decisions that stray, which the temperature follows; 0: it stays."
     ),
     "plain": _flag(bool, "The paper's plain form: no baseline, moving batch norms, no added terms, gates as fast."),
+    "hindsight": _flag(
+        bool, "Layer gates of the stage iadi learn by hindsight which images need the last units of --start's policy."
+    ),
     "keep": _flag(float, "Share of the units that sdv runs."),
     "policy": _flag(str | None, "For static: 1 or 0 for each gated unit, as in 11010110."),
     "free": _flag(
@@ -174,7 +177,7 @@ GATES = (
     *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy"),
     *("distill", "teacher", "information", "shut", "open", "free", "gain"),
 )
-CHANNELS = ("group_size", "channel_mode")
+CHANNELS = ("group_size", "channel_mode", "hindsight")
 EXITS = ("exits_after", "exit_hidden", "exits_alone", "exit_weighting", "distill_exits", "exit_gradient", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy")

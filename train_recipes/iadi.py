@@ -3,9 +3,13 @@
 accelerate launch train_recipes/iadi.py
 """
 
+from dataclasses import replace
+from typing import Any
+
 import flags
 import options
 from loop import run
+from planning import hindsight_task
 from stages import Stage, add_all_gates, base_task, dynamic_task, warmup_task
 
 STAGES = (
@@ -15,10 +19,18 @@ STAGES = (
 )
 
 
+def by_method(stages: tuple[Stage, ...], settings: options.Settings) -> tuple[Stage, ...]:
+    """The stages, with hindsight in that of IADI where it was asked for."""
+    if settings.method != "hindsight":
+        return stages
+    return tuple(replace(stage, task=hindsight_task) if stage.name == "iadi" else stage for stage in stages)
+
+
 @flags.takes(flags.RUN, flags.TRAINING, flags.GATES, flags.CHANNELS, model="iadi_resnet20_cifar")
-def main(**values: object) -> None:
+def main(**values: Any) -> None:
     """Train an IADI network; without options iadi_resnet20_cifar on the digits, to half of the dense MACs."""
-    run(STAGES, options.settings("iadi", values, prefix="iadi_", target=0.5))
+    found = options.settings("iadi", values, prefix="iadi_", target=0.5)
+    run(by_method(STAGES, found), found)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
         target: taken where neither `alpha` nor `target` is given.
     """
     values = {key: value for key, value in values.items() if key != "config"}
+    if values.pop("hindsight", None):
+        values["method"] = "hindsight"
     for name in ("stage", "tracker"):
         values[name] = tuple(values.get(name) or ())
     values["teacher"] = tuple(values.get("teacher") or ())
@@ -232,7 +234,7 @@ def _check_method(found: Settings) -> None:
     if (found.policy is not None) != (found.method == "static"):
         raise RunError("--policy and --method static go together; found one without the other")
     if found.method == "hindsight" and found.start is None:
-        raise RunError("--method hindsight starts from a finished run of --method static: give --start")
+        raise RunError("hindsight starts from a finished run of --method static: give --start")
     if found.free is not None and (found.start is None or found.method == "static"):
         raise RunError(
             "--free leaves the last units of --start's policy to the gates: give --start, and a method that trains them"
@@ -240,7 +242,7 @@ def _check_method(found: Settings) -> None:
     if found.free is not None and found.method != "hindsight" and found.open is None:
         raise RunError("--free needs --open: the units that it does not leave to the gates are opened")
     if found.method == "hindsight" and found.information:
-        raise RunError(f"--method hindsight has no use for --information; found {found.information}")
+        raise RunError(f"hindsight has no use for --information; found {found.information}")
 
 
 def _check_teaching(found: Settings) -> None:

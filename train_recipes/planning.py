@@ -203,7 +203,7 @@ FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0
 def _check_free(layers: str, channels: str, free: int) -> None:
     """Whether the gates can be left so many of the last units of the policy."""
     if channels:
-        raise RunError(f"--method hindsight and --free start from a policy of layers; found {layers}:{channels}")
+        raise RunError(f"hindsight and --free start from a policy of layers; found {layers}:{channels}")
     try:
         without_last(layers, free)
     except ValueError as error:
@@ -222,7 +222,7 @@ def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     cheap, dear = task.shares(outlook.input_size)
     if task.target is not None and not cheap < task.target < dear and not settings.max_steps:  # a dry run goes on
         raise RunError(
-            f"--target must lie between {cheap:.3f} and {dear:.3f}, the shares of the dense cost without and with the "
-            f"{free} units left to the gates; found {task.target}"
+            f"--target must lie between {cheap:.3f} and {dear:.3f}, the least and the largest share of the dense cost "
+            f"with {free} units left to the gates; found {task.target}"
         )
     return task
