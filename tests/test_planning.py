@@ -132,6 +132,25 @@ def test_what_is_opened_at_the_end_was_seen_by_later_gates(start: Path, tmp_path
     assert gates.config.memory == "all"
 
 
+def test_channels_are_settled_at_the_end(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the images always agree: so all units' are, of the dynamic network, but not of the one beside it."""
+    run = tmp_path / "run"
+    steps = ("--stage", "follow.iterations=2", "--stage", "iadi.iterations=2")
+    options = ("--start", start, "--settle", 0.5, "--shut", 0.0, "--open", 0.01, "--gain", "--output", run)
+    assert call(iadi, *options, *steps, *FEW[:4], *FEW[6:]) == 0
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    runs = {name for place, name in enumerate(model.layer_gates.gated) if model.layer_gates.settled[place]}
+    assert set(model.channel_gates.config.channels_of()) == runs
+    assert "channels settled: layer1.2=" in capsys.readouterr().out
+    table = td.cost_table(model, (3, 16, 16))
+    assert all(row.channel_gate == 0 for row in table.units if row.name in runs)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["dynamic"]["macs"] == table.exits[-1].dearest, "nothing is left to decide"
+    assert "adaptive_gain" in summary
+    assert call(iadi, "--settle", 0.4, "--output", tmp_path / "none", *FEW) == 1
+    assert "--settle must be a share of the images in [0.5, 1]; found 0.4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["sp", "hrl", "sp+hrl"])
 def test_any_method_can_leave_the_last_units_alone_to_the_gates(method: str, start: Path, tmp_path: Path) -> None:
     options = {"start": start, "method": method, "free": 2, "shut": 0.0, "open": 1.0}

@@ -14,7 +14,7 @@ from .inference import optimize_for_inference
 from .measure import cost_table
 from .onnx import export_onnx
 from .onnx_session import onnx_runner
-from .settling import busy_units, idle_units, open_units, shut_units
+from .settling import busy_units, idle_units, open_units, settle_channels, shut_units, steady_channels
 from .surgery import add_channel_gates, add_exits, add_layer_gates, force, set_execution, strip
 from .version import __version__
 
@@ -46,6 +46,8 @@ __all__ = [
     "save_pretrained",
     "set_budget",
     "set_execution",
+    "settle_channels",
     "shut_units",
+    "steady_channels",
     "strip",
 ]

@@ -303,6 +303,18 @@ def _layer_gates(gates: Any) -> Iterator[str]:
             yield f"units {who}: " + ", ".join(f"`{name}`" for name in names)
 
 
+def _channel_gates(gates: Any) -> Iterator[str]:
+    """What there is to say of a network's channel gates."""
+    free = len(gates.settled) < len(gates)
+    does = (
+        ": each image decides which hidden channels are computed" if free else ", not asked any more: all are settled"
+    )
+    yield f"channel gates, {gates.config.mode}{does}"
+    if gates.settled:
+        known = ", ".join(f"`{name}` ({digits})" for name, digits in gates.config.channels_of().items())
+        yield f"units whose channel groups are the same for all images, 1 for those that are computed: {known}"
+
+
 def _described(model: Any, base: str) -> dict[str, Any]:
     """What the card says of the network itself."""
     table, dynamic = _table(model), hasattr(model, "dynamic")
@@ -311,7 +323,7 @@ def _described(model: Any, base: str) -> dict[str, Any]:
     budget = model.dynamic.budget if dynamic else None
     parts = [] if layer is None else list(_layer_gates(layer))
     if channel is not None:
-        parts.append(f"channel gates, {channel.config.mode}: each image decides which hidden channels are computed")
+        parts += _channel_gates(channel)
     if exits is not None:
         parts.append(f"early exits ({len(exits)}): images may leave before the head, by budget or confidence")
     if budget is not None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +61,21 @@ class NarrowDenseGate(nn.Sequential):
 
 
 class ChannelGates(Exact):
-    """One channel gate for each gated unit, deciding for all of the unit's hidden widths at once."""
+    """One channel gate for each gated unit, deciding for all of the unit's hidden widths at once.
+
+    Attributes:
+        gated: names of the gated units.
+        sizes: for each unit, for each hidden width, sizes of its groups.
+        settled: for each place of a unit whose channels are settled, keeps of its groups; its gate is not run.
+    """
+
+    config: ChannelGateConfig
+    settled: dict[int, tuple[tuple[bool, ...], ...]]
 
     def __init__(self, config: ChannelGateConfig, sites: Sequence[GateSite]) -> None:
         super().__init__()
-        self.config = config
-        self.sizes: list[tuple[tuple[int, ...], ...]] = [  # for each unit, for each hidden width, sizes of its groups
+        self.gated = tuple(site.name for site in sites)
+        self.sizes: list[tuple[tuple[int, ...], ...]] = [
             tuple(group_sizes(config, w, a) for w, a in zip(site.widths, site.aligns, strict=True)) for site in sites
         ]
         self.gates = nn.ModuleList()
@@ -78,12 +88,51 @@ class ChannelGates(Exact):
                 deepest = max(map(len, sizes)) if config.mode == "nested" else 1
                 open_gate(gate.get_submodule("fc"), OPEN_PROB ** (1 / deepest))  # type: ignore[arg-type]
             self.gates.append(gate)
+        self.settle(config)
+
+    def settle(self, config: ChannelGateConfig) -> None:
+        """Take over which units' channels are settled in a config.
+
+        Raises:
+            ValueError: for a name that is not a gated unit's, or digits that do not fit its groups; nothing is changed.
+        """
+        found = {}
+        for name, digits in config.channels_of().items():
+            if name not in self.gated:
+                raise ValueError(f"only gated units have channels to settle: {', '.join(self.gated)}; found {name!r}")
+            place = self.gated.index(name)
+            found[place] = self._keeps(name, digits, [len(sizes) for sizes in self.sizes[place]], config.mode)
+        self.config, self.settled = config, found
+
+    @staticmethod
+    def _keeps(name: str, digits: str, groups: Sequence[int], mode: str) -> tuple[tuple[bool, ...], ...]:
+        if len(digits) != sum(groups):
+            raise ValueError(f"{name} has {sum(groups)} channel groups, and a digit is needed for each; found {digits}")
+        parts, start = [], 0
+        for count in groups:
+            part = digits[start : start + count]
+            if mode == "nested" and "01" in part:
+                raise ValueError(f"nested channel gates keep the first groups of a width; found {part} for {name}")
+            parts.append(tuple(digit == "1" for digit in part))
+            start += count
+        return tuple(parts)
+
+    def free(self) -> list[nn.Module]:
+        """The gates of units whose channels are not settled."""
+        return [gate for place, gate in enumerate(self.gates) if place not in self.settled]
 
     def __len__(self) -> int:
         return len(self.gates)
 
     def forward(self, index: int, x: Tensor) -> list[Tensor]:
-        """x: [B, C, H, W] -> for each hidden width of unit `index`, probabilities [B, groups] in float32."""
+        """x: [B, C, H, W] -> for each hidden width of unit `index`, probabilities [B, groups] in float32.
+
+        The gate of a unit whose channels are settled is not run: zeros and ones stand for what it would say.
+        """
+        if index in self.settled:
+            none = x.new_zeros(x.shape[:1], dtype=torch.float32)
+            every = none + 1
+            return [torch.stack([every if keep else none for keep in part], 1) for part in self.settled[index]]
         prob = torch.sigmoid(self.gates[index](x).float())
         parts, start = [], 0
         for sizes in self.sizes[index]:  # not `split`: fx cannot iterate over what it gives
@@ -94,4 +143,6 @@ class ChannelGates(Exact):
     def cut(self, count: int) -> None:
         """Forget the gates from `count` on."""
         self.gates, self.sizes = self.gates[:count], self.sizes[:count]
-        self.threshold = self.threshold[:count]
+        self.threshold, self.gated = self.threshold[:count], self.gated[:count]
+        left = tuple(one for one in self.config.settled if one.split("=")[0] in self.gated)
+        self.settle(replace(self.config, settled=left))

@@ -127,6 +127,8 @@ class ChannelGateConfig(Config):
         mode: "independent": any set of groups; "nested": the kept groups are always the first ones.
         init: "open" or "random", as for layer gates.
         levels: how many groups a nested gate divides a layer into (it does not use `group_size`).
+        settled: gated units whose channels are the same for all images, with a 1 or 0 for each group, hidden widths in
+            order, as in "layer3.1=1110": see `settle_channels`.
     """
 
     shorthand: ClassVar[str | None] = "mode"
@@ -134,12 +136,26 @@ class ChannelGateConfig(Config):
     mode: str = "independent"
     init: str = "open"
     levels: int = 4
+    settled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         positive_int("group_size", self.group_size)
         one_of("mode of channel gate", self.mode, CHANNEL_GATE_MODES)
         one_of("init", self.init, INITS)
         positive_int("levels", self.levels)
+        wanted = "settled must be a tuple of strings UNIT=DIGITS, with a 1 or 0 for each group of the unit"
+        if not isinstance(self.settled, tuple):
+            raise ValueError(f"{wanted}; found {self.settled!r}")
+        for one in self.settled:
+            name, _, digits = one.partition("=") if isinstance(one, str) else ("", "", "")
+            if not name or not digits or set(digits) - {"0", "1"}:
+                raise ValueError(f"{wanted}; found {one!r}")
+        if len(self.channels_of()) < len(self.settled):
+            raise ValueError(f"settled must name each unit once; found {', '.join(self.settled)}")
+
+    def channels_of(self) -> dict[str, str]:
+        """For each unit whose channels are settled, a 1 or 0 for each group."""
+        return dict(one.split("=", 1) for one in self.settled)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class UnitCost:
         divisible: whether the branch costs in proportion to the channels that run; if not, it is paid in full.
         shut: whether the unit is shut for good: see `shut_units`.
         open: whether every image runs it that comes there: see `open_units`.
+        channels: for each gated hidden width, keeps of its groups where they are settled: see `settle_channels`; else
+            None.
     """
 
     name: str
@@ -53,6 +55,7 @@ class UnitCost:
     divisible: bool = True
     shut: bool = False
     open: bool = False
+    channels: tuple[tuple[bool, ...], ...] | None = None
 
     @property
     def whole(self) -> bool:
@@ -72,16 +75,27 @@ class UnitCost:
     @property
     def dearest(self) -> Any:
         """MACs of the unit at most, gates included."""
-        return self.cheapest if self.shut else self.full + self.layer_gate + self.channel_gate
+        if self.shut:
+            return self.cheapest
+        most = self.branch if self.channels is None or not self.divisible else self._extreme_branch(True)
+        return most + self.shortcut + self.layer_gate + self.channel_gate
 
     @property
     def cheapest(self) -> Any:
         """MACs of the unit at least, gates included."""
         if self.skippable and not self.open:
             return self.layer_gate + self.shortcut
-        none = [torch.zeros(1, len(sizes), dtype=torch.bool) for sizes in self.sizes]
-        least = self._price_convs(none).item() if none and self.divisible else self.branch
+        least = self._extreme_branch(False) if self.sizes and self.divisible else self.branch
         return least + self.channel_gate + self.layer_gate + self.shortcut
+
+    def extreme(self, every: bool) -> list[Tensor]:
+        """Keeps [1, groups] of the channel groups of each gated hidden width: all or none, but for settled ones."""
+        if self.channels is not None:
+            return [torch.tensor([part]) for part in self.channels]
+        return [torch.full((1, len(sizes)), every) for sizes in self.sizes]
+
+    def _extreme_branch(self, every: bool) -> Any:
+        return self._price_convs(self.extreme(every)).item()
 
     def price(self, keep: Tensor | None, channels: Sequence[Tensor] | None) -> Any:
         """MACs of each image in this unit.
@@ -279,8 +293,14 @@ class CostTable:
                     f"the table was made when the gate of {unit.name} was not asked, and does not tell its cost: "
                     "make it anew"
                 )
-            gate = unit.layer_gate if wanted.layer_gate else 0
-            rows.append(replace(unit, shut=wanted.shut, open=wanted.open, layer_gate=gate))
+            if wanted.channels is None and unit.channels is not None:
+                raise ValueError(
+                    f"the table was made when the channels of {unit.name} were settled, and does not tell its channel "
+                    "gate's cost: make it anew"
+                )
+            row = replace(unit, shut=wanted.shut, open=wanted.open, channels=wanted.channels)
+            layer, channel = bool(wanted.layer_gate), wanted.channels is None
+            rows.append(replace(row, layer_gate=row.layer_gate * layer, channel_gate=row.channel_gate * channel))
         if tuple(rows) == self.units:
             return self
         return assembled(replace(self, units=tuple(rows)), [stop.head for stop in self.exits])
@@ -295,10 +315,12 @@ class CostTable:
         units = []
         for row in values["units"]:
             convs = tuple(ConvCost(**conv) for conv in row["convs"])
-            units.append(UnitCost(**{**row, "convs": convs, "sizes": tuple(map(tuple, row["sizes"]))}))
-        more = {"units": tuple(units), "exits": tuple(ExitCost(**row) for row in values["exits"])}
-        more |= {"leave": tuple(values["leave"]), "input_size": tuple(values["input_size"])}
-        return cls(**{**values, **more})
+            known = row.get("channels")
+            more = {"sizes": tuple(map(tuple, row["sizes"])), "channels": known and tuple(map(tuple, known))}
+            units.append(UnitCost(**{**row, "convs": convs, **more}))
+        rest = {"units": tuple(units), "exits": tuple(ExitCost(**row) for row in values["exits"])}
+        rest |= {"leave": tuple(values["leave"]), "input_size": tuple(values["input_size"])}
+        return cls(**{**values, **rest})
 
     def without_gates(self) -> "CostTable":
         """The same table with gates that cost nothing: what a static network of the same units pays."""

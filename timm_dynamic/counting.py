@@ -160,13 +160,15 @@ def _count_unit(
     runs: bool | None = None
     channel_gate: Any = 0
     sizes: tuple[tuple[int, ...], ...] = ()
+    channels: tuple[tuple[bool, ...], ...] | None = None
     if layer_gates is not None and i > 0:
         runs = layer_gates.settled.get(i - 1)
         if i - 1 in layer_gates.asked:
             (_, memory), layer_gate = meter.run(ask_layer_gate, model, i - 1, x, memory)
     if channel_gates is not None and i > 0:
-        _, channel_gate = meter.run(channel_gates, i - 1, x)
-        sizes = channel_gates.sizes[i - 1]
+        sizes, channels = channel_gates.sizes[i - 1], channel_gates.settled.get(i - 1)
+        if channels is None:
+            _, channel_gate = meter.run(channel_gates, i - 1, x)
     added, short = meter.run(shortcut, unit, x)
     y, convs = _count_convs(meter, unit, x)
     y = close(unit, y, added)
@@ -188,6 +190,7 @@ def _count_unit(
         divisible=meter.divisible,
         shut=runs is False,
         open=runs is True,
+        channels=channels,
     )
     return join(unit, x, y), memory, row
 

@@ -30,8 +30,7 @@ def gate_parts(model: Any) -> list[Any]:
 
 def gates_choose(model: Any) -> bool:
     """Whether anything is left to the gates of a model: channels, or units that are not settled."""
-    layers = getattr(model, "layer_gates", None)
-    return hasattr(model, "channel_gates") or (layers is not None and len(layers.settled) < len(layers))
+    return any(len(part.settled) < len(part) for part in gate_parts(model))
 
 
 def straight_through(prob: Tensor) -> Tensor:

@@ -96,12 +96,11 @@ class HindsightTask(DynamicTask):
         input_size: (channels, height, width) of an image.
         """
         table, policies = self._table(input_size), self.policies.cpu()
-        sizes = [len(groups) for unit in table.units for groups in unit.sizes]
         cheap, dear = (
-            table.price(policy[None], [torch.full((1, groups), every) for groups in sizes]).item() / self.dense_cost
+            table.price(policy[None], [keeps for unit in table.units for keeps in unit.extreme(every)]).item()
             for policy, every in zip(policies, (False, True), strict=True)
         )
-        return cheap, dear
+        return cheap / self.dense_cost, dear / self.dense_cost
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Loss and metrics of images ``x`` [B, C, H, W] with classes ``y`` [B].
@@ -119,7 +118,7 @@ class HindsightTask(DynamicTask):
         with force(self.model, layer_keep=self._drawn(cheap, dear, goes_on)):
             decisions = decide(self.model, x)
         loss = loss + self._classify(decisions, x, y) + zero_of_all(self.model)
-        if hasattr(self.model, "channel_gates"):
+        if self._free_channel_gates():
             loss = loss + weight * losses.cost_share(decisions.cost, self.dense_cost)
         return {"loss": loss, "worth": worth.mean(), **self._metrics(decisions, y, share, weight)}
 
@@ -149,7 +148,7 @@ class HindsightTask(DynamicTask):
                 p.requires_grad_(True)
 
     def _pushed(self) -> Sequence[Any]:
-        return [self.model.channel_gates] if hasattr(self.model, "channel_gates") else []
+        return self._free_channel_gates()
 
     def _worth(self, cheap: Decisions, dear: Decisions, y: Tensor) -> Tensor:
         """[B]: by how many nats the dearer policy's loss is smaller."""

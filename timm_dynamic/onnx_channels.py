@@ -53,8 +53,11 @@ def run_chosen(net: Net, graph: Graph, i: int, x: Value) -> tuple[Value, Value]:
     if not _plain(unit):
         return _run_masked(unit, row.sizes, graph, x, keeps), cost
     nested = net.channel_gates.config.mode == "nested"
-    find = _nested_ways if nested else _independent_ways
-    ways = [find(graph, keep, sizes) for keep, sizes in zip(keeps, row.sizes, strict=True)]
+    if row.channels is not None:
+        ways = [[_settled_way(graph, part, sizes)] for part, sizes in zip(row.channels, row.sizes, strict=True)]
+    else:
+        find = _nested_ways if nested else _independent_ways
+        ways = [find(graph, keep, sizes) for keep, sizes in zip(keeps, row.sizes, strict=True)]
     (y,) = translate(graph, lambda x: _follow(unit.kind.before(unit.module), x), x)
     y = _run_steps(_Stores(graph, unit, row.sizes, nested), graph, y, ways)
     (out,) = translate(graph, lambda y, x: units.close(unit, y, units.shortcut(unit, x)), y, x)
@@ -111,6 +114,15 @@ def _independent_ways(graph: Graph, keep: Value, sizes: tuple[int, ...]) -> list
         index = graph.op("Reshape", places, graph.constant([-1], "int64"))
         found.append(_Way(some, None, index))
     return [*found, _Way(None, 0)]
+
+
+def _settled_way(graph: Graph, part: tuple[bool, ...], sizes: tuple[int, ...]) -> _Way:
+    """The groups that every image keeps."""
+    kept = np.repeat(part, sizes)
+    count = int(kept.sum())
+    if kept[:count].all():
+        return _Way(None, count)
+    return _Way(None, None, graph.constant(kept.nonzero()[0], "int64"))
 
 
 def _try(graph: Graph, ways: Sequence[_Way], build: Callable[[Graph, _Way], str]) -> str:

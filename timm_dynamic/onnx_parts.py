@@ -161,7 +161,10 @@ def _lstm_order(rows: Tensor) -> np.ndarray:
 
 
 def ask_channels(net: Net, graph: Graph, g: int, x: Value) -> list[Value]:
-    """For each hidden width of gated unit `g`, keeps of its groups: bool [B, groups]."""
+    """For each hidden width of gated unit `g`, keeps of its groups: bool [B, groups]; [1, groups] if settled."""
+    known = net.channel_gates.settled.get(g)
+    if known is not None:
+        return [Value(graph.constant([part], "bool"), torch.tensor([part])) for part in known]
     level = float(net.channel_gates.threshold[g])
     return translate(graph, lambda x: [prob >= level for prob in net.channel_gates(g, x)], x)
 
@@ -172,7 +175,8 @@ def gates_pool(net: Net, i: int) -> bool:
         return False
     layer, channel = net.layer_gates, net.channel_gates
     asked = layer is not None and i - 1 in layer.asked and layer.config.kind in ("rnn", "linear")
-    return asked or (channel is not None and hasattr(channel.gates[i - 1], "fc1"))
+    pools = channel is not None and i - 1 not in channel.settled and hasattr(channel.gates[i - 1], "fc1")
+    return asked or pools
 
 
 # Exits ---------------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _check_part(name: str, part: str, saved: Any, asked: Any) -> None:
     if not saved or asked is None or asked is False or asked is True:
         return
     own, other = (PARTS[part].make(value).to_dict() for value in (saved, asked))
-    odd = [key for key in own if key not in ("init", "shut", "open") and own[key] != other[key]]
+    odd = [key for key in own if key not in ("init", "shut", "open", "settled") and own[key] != other[key]]
     if odd:
         there, wanted = (", ".join(f"{key}={values[key]!r}" for key in odd) for values in (own, other))
         raise ValueError(

@@ -37,8 +37,8 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def settled(model: nn.Module) -> bool:
-    """Whether units are shut or open for good: then they, or their gates, take no part in training."""
-    return bool(getattr(getattr(model, "layer_gates", None), "settled", ()))
+    """Whether units, or their channels, are settled: then they, or their gates, take no part in training."""
+    return any(part.settled for part in gate_parts(model))
 
 
 def zero_of_all(model: nn.Module) -> Tensor:
@@ -413,10 +413,15 @@ class DynamicTask(nn.Module):
         weight = losses.multiplier(self.alpha, distance, self.stiffness)
         if self.training:
             self.alpha += self.rate * distance
-            for part in self._pushed():
-                lower_logits(part, self.push * distance)
+            for gates in self._pushed():
+                lower_logits(gates, self.push * distance)
         return weight
 
     def _pushed(self) -> Sequence[Any]:
-        """The gates whose biases are pushed towards the target."""
-        return gate_parts(self.model) if hasattr(self.model, "channel_gates") else ()
+        """The gates whose biases are pushed towards the target: of both kinds, if there are channel gates."""
+        channels = self._free_channel_gates()
+        return [*channels, self.model.layer_gates] if channels and hasattr(self.model, "layer_gates") else channels
+
+    def _free_channel_gates(self) -> list[Any]:
+        gates: Any = getattr(self.model, "channel_gates", None)
+        return [] if gates is None else gates.free()

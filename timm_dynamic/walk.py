@@ -291,6 +291,8 @@ class Walk:
         """For each hidden width of gated unit `g`, keeps of its groups [B', groups]."""
         assert self.channel_gates is not None
         probs = self.channel_gates(g, x)
+        if g in self.channel_gates.settled:
+            return probs if self.model.training else [prob.bool() for prob in probs]
         sampled = self.model.training and self.model.dynamic.gating == "sample"  # sampling is for layer gates
         keeps = [straight_through(p) if sampled else self._choose(p, self.channel_levels, g) for p in probs]
         if self.forced is not None and self.forced.channel_keep is not None:

@@ -88,6 +88,11 @@ FLAGS = {
     "channel_mode": _flag(
         Literal["independent", "nested", "none"], "Any groups of channels, the first few of them, or layer gates alone."
     ),
+    "settle": _flag(
+        float | None,
+        "At the end settle the channels of the units in which at least this share of the training images would compute "
+        "the same ones, group by group: their channel gates are no longer asked.",
+    ),
     "alpha": _flag(
         float | None, "Fixed weight of the cost, which is a share of the dense network's.", callback=one_of_two
     ),
@@ -177,7 +182,7 @@ GATES = (
     *("base", "start", "gate", "gate_init", "certainty", "spread", "alpha", "target", "cost", "energy"),
     *("distill", "teacher", "information", "shut", "open", "free", "gain"),
 )
-CHANNELS = ("group_size", "channel_mode", "hindsight")
+CHANNELS = ("group_size", "channel_mode", "settle", "hindsight")
 EXITS = ("exits_after", "exit_hidden", "exits_alone", "exit_weighting", "distill_exits", "exit_gradient", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
 POLICIES = ("keep", "policy")

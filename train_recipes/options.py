@@ -77,6 +77,7 @@ class Settings:
     spread: float = 0.5
     group_size: int = 16
     channel_mode: str = "independent"
+    settle: float | None = None
     alpha: float | None = None
     target: float | None = None
     cost: str = "macs"
@@ -145,7 +146,7 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     for name in ("stage", "tracker"):
         values[name] = tuple(values.get(name) or ())
     values["teacher"] = tuple(values.get("teacher") or ())
-    for name in ("teacher", "exit_hidden", "exits_alone"):
+    for name in ("teacher", "exit_hidden", "exits_alone", "settle"):
         values[name] = values.get(name) or None  # runs from before it have None of it
     found = Settings(recipe=recipe, **values)
     if found.alpha is None and found.target is None:
@@ -220,6 +221,8 @@ def _check_ranges(found: Settings) -> None:
         raise RunError(f"--shut must be a share of the images in [0, 1); found {found.shut}")
     if found.open is not None and not (found.shut or 0) < found.open <= 1:
         raise RunError(f"--open must be a share of the images above --shut, at most 1; found {found.open}")
+    if found.settle is not None and not 0.5 <= found.settle <= 1:
+        raise RunError(f"--settle must be a share of the images in [0.5, 1]; found {found.settle}")
     if not 0 <= found.explore < 0.5:
         raise RunError(f"--explore must be a share in [0, 0.5); found {found.explore}")
     for name in SHARES:

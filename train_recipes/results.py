@@ -240,7 +240,7 @@ def finish(
 
 
 def _settle(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:
-    """Shut what is hardly run, and open what nearly all images run; every process finds the same."""
+    """Shut what is hardly run, open what nearly all images run, settle channels; all processes find the same."""
     fixed = settings.method in ("sdv", "static") or not hasattr(model, "layer_gates")
     if fixed or settings.max_steps:
         return
@@ -252,6 +252,10 @@ def _settle(accelerator: Accelerator, model: nn.Module, data: Data, settings: Se
         busy = td.busy_units(model, plain_images(data, SEEN_IMAGES), settings.open)
         td.open_units(model, busy)
         accelerator.print(f"open for good: {', '.join(busy) or 'no unit'}")
+    if settings.settle is not None and hasattr(model, "channel_gates"):
+        steady = td.steady_channels(model, plain_images(data, SEEN_IMAGES), settings.settle)
+        td.settle_channels(model, steady)
+        accelerator.print(f"channels settled: {', '.join(f'{n}={d}' for n, d in steady.items()) or 'of no unit'}")
 
 
 def _meet_target(accelerator: Accelerator, model: nn.Module, data: Data, settings: Settings) -> None:

@@ -148,6 +148,7 @@ def _unit_rows(table: CostTable) -> list[Row]:
             "shut": unit.shut,
             "open": unit.open,
             "channel_groups": [len(sizes) for sizes in unit.sizes],
+            "settled_channels": None if unit.channels is None else [sum(part) for part in unit.channels],
             "cheapest": unit.cheapest,
             "dearest": unit.dearest,
         }

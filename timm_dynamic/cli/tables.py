@@ -128,7 +128,7 @@ def _unit_table(row: Row) -> Table:
     for i, unit in enumerate(row["units"]):
         last = i + 1 == len(row["units"]) or row["units"][i + 1]["stage"] != unit["stage"]
         after = row["after_stage_macs"][unit["stage"]] if last else 0
-        groups = [" + ".join(map(str, unit["channel_groups"]))] if grouped else []
+        groups = [_groups(unit)] if grouped else []
         runs = "yes" if unit["skippable"] and not unit["open"] else "always runs"
         runs = "shut for good" if unit["shut"] else runs
         add(unit["name"], unit["macs"], runs, *(_gate(unit, part) for part in gates), *groups, end=last and not after)
@@ -137,6 +137,13 @@ def _unit_table(row: Row) -> Table:
     add("head", row["exits"][-1]["head_macs"])
     add("dense network", row["dense_macs"], "", *(_gate(row, part) for part in gates))
     return table
+
+
+def _groups(unit: Row) -> str:
+    """How many channel groups each hidden width has; where they are settled, how many of them are computed."""
+    kept = unit["settled_channels"]
+    counts = unit["channel_groups"] if kept is None else kept
+    return " + ".join(map(str, counts)) + ("" if kept is None else " for all")
 
 
 def _gate(row: Row, part: str) -> str:
