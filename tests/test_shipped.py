@@ -26,6 +26,7 @@ from huggingface_hub import ModelCard
 from nets import randomise
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import timm_dynamic as td
@@ -292,6 +293,23 @@ def test_a_run_gated_by_hand_gets_its_methods_name(shop: Shop, tmp_path: Path) -
         again = timm.create_model(f"local-dir:{weights / SKIPNET}", pretrained=True).eval()
         assert again.pretrained_cfg["architecture"] == f"skipnet_{BASE}"
         assert torch.equal(again(x()), model(x())) != half
+
+
+@pytest.mark.parametrize("kind", ["ff2", "rnn"])
+def test_gates_that_are_not_asked_are_stored_in_half_precision_too(shop: Shop, tmp_path: Path, kind: str) -> None:
+    """What is not theirs alone, as in an RNN gate, stays as it is."""
+    model = td.add_channel_gates(td.add_layer_gates(trained(BASE), td.LayerGateConfig(kind, "random")))
+    names = model.layer_gates.gated
+    td.settle_channels(
+        td.open_units(td.shut_units(model, names[:1]), names[1:2]),
+        {names[2]: "1" * len(model.channel_gates.sizes[2][0])},
+    )
+    ship.ship(shop.order(add_run(tmp_path / "run", model, trained(BASE)), f"iadi_{BASE}.blobs"), tmp_path)
+    state = load_file(tmp_path / "timm_dynamic" / "weights" / f"iadi_{BASE}.blobs" / "model.safetensors")
+    halved = {key for key, value in state.items() if "_gates" in key and value.dtype == torch.float16}
+    own = ("layer_gates.gates.0.", "layer_gates.gates.1.") if kind == "ff2" else ()
+    wanted = {key for key, _ in model.named_parameters() if key.startswith((*own, "channel_gates.gates.2."))}
+    assert halved == wanted
 
 
 def test_the_numbers_are_those_of_the_command(shop: Shop) -> None:

@@ -130,7 +130,7 @@ def _precision(metrics: Mapping[str, Any]) -> str | None:
     full, dynamic = metrics.get("full_precision"), metrics.get("dynamic")
     if not full:
         return None
-    stored, gates = dynamic or metrics, ", those of gates in full" if dynamic else ""
+    stored, gates = dynamic or metrics, ", those of gates that are asked in full" if dynamic else ""
     more = 100 * (stored["accuracy"] - full["accuracy"])
     return (
         f"The weights are stored in half precision{gates}, and computed with in float32. "

@@ -142,7 +142,7 @@ def _write_weights(order: Order, stage: Path) -> str:
     (stage / CONFIG).write_text(config_text({**config, "architecture": name}), encoding="utf-8")
     if order.half:
         # what decides stays as it is, small as it is; so do buffers: thresholds, batch-norm statistics
-        halved = {key for key, _ in model.named_parameters() if key.split(".", 1)[0] not in PARTS[:2]}
+        halved = {key for key, _ in model.named_parameters() if not _decides(model, key)}
         state = {k: v.half() if k in halved else v for k, v in load_file(stage / WEIGHTS).items()}
         if not all(torch.isfinite(value).all() for value in state.values()):
             raise RunError(f"{order.run}: some weights are too large for half precision: give --full")
@@ -150,6 +150,15 @@ def _write_weights(order: Order, stage: Path) -> str:
     stage.chmod(0o755)
     (stage / WEIGHTS).chmod(0o644)
     return f"{name}.{order.tag}"
+
+
+def _decides(model: Any, key: str) -> bool:
+    """Whether a parameter is one of gates that are asked; those of a settled unit have no say."""
+    part, *names = key.split(".")
+    if part not in PARTS[:2]:
+        return False
+    own = names[0] == "gates"  # and not shared between units
+    return not own or int(names[1]) not in getattr(model, part).settled
 
 
 def _name_of(model: Any) -> str:
