@@ -174,8 +174,8 @@ class ExitConfig(Config):
     hidden: int = 0
 
     def __post_init__(self) -> None:
-        if self.hidden != 0 or isinstance(self.hidden, bool):
-            positive_int("hidden", self.hidden)
+        if isinstance(self.hidden, bool) or not isinstance(self.hidden, int) or self.hidden < 0:
+            raise ValueError(f"hidden must be an int of at least 0; found {self.hidden!r}")
         if self.after is None:
             return
         if not isinstance(self.after, tuple) or not self.after:
