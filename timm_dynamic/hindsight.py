@@ -46,6 +46,9 @@ class HindsightTask(DynamicTask):
     The network itself learns from images under the policies that their gates say; during the first part of training
     a share of them, which falls from 1 to 0, runs either policy at random instead, so that both are learned.
 
+    It is for residual networks: in a DenseNet the batch norms after layers that no image runs any more come to have the
+    statistics of zeros, by which the dearer policy's loss grows without limit, and no image takes it again.
+
     Channel gates, where there are any, choose under either policy, and learn as in `DynamicTask`: through what they
     keep, from the loss and from the cost of the units that their image runs.
 
