@@ -244,3 +244,19 @@ def test_a_static_policy_with_channels() -> None:
         static_policy(model, [])
     with pytest.raises(ValueError, match="with gates; found none"):
         static_policy(timm.create_model("resnet20_cifar"), loader)
+
+
+def test_a_static_policy_runs_no_unit_without_channels() -> None:
+    """What is filled up with layers that nobody gives channels stays without them; so does what an image ran so."""
+    model = timm.create_model("iadi_resnet20_cifar", layer_gates="linear", channel_gates={"mode": "nested"}).eval()
+    images = torch.randn(4, 3, 32, 32)
+    layers = torch.zeros(4, 8, dtype=torch.bool)
+    layers[:, :3] = True
+    layers[0] = True
+    channels = [torch.zeros(4, 4, dtype=torch.bool) for _ in range(8)]
+    for place in (0, 1):
+        channels[place][:] = True
+    with td.force(model, layer_keep=layers, channel_keep=channels):
+        found = static_policy(model, [(images, torch.zeros(4, dtype=torch.long))])
+    assert str(found) == "11000000:" + "1" * 8 + "0" * 24
+    assert found.share == 1.0

@@ -293,7 +293,7 @@ def static_policy(
 
     Of the patterns that cost, without gates, at most 2 % more than the dynamic network on the mean, gates included, the
     most common one is taken (if all are dearer, the empty one). What is kept most often is added to it, as long as that
-    brings it nearer to the mean.
+    brings it nearer to the mean. A unit none of whose channels are kept does not run.
 
     Args:
         model: a dynamic network with gates, without a budget.
@@ -311,7 +311,7 @@ def static_policy(
 
 def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
     """The most common pattern, filled up until it costs what is wanted."""
-    keeps = torch.cat([rows["layers"], rows["channels"]], dim=1).bool()
+    keeps = _of_use(torch.cat([rows["layers"], rows["channels"]], dim=1).bool(), table)
     patterns, counts = torch.unique(keeps, dim=0, return_counts=True)
     layers, free = rows["layers"].shape[1], table.without_gates()
     groups = [len(sizes) for unit in table.units for sizes in unit.sizes]
@@ -325,10 +325,24 @@ def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
     fuller = torch.cat([pattern[None], pattern | (rank <= torch.arange(len(rank))[:, None])])  # one more in each row
     far = (cost(fuller) - wanted).abs()
     worse = (far[1:] > far[:-1]).nonzero()
-    pattern = fuller[int(worse[0]) if len(worse) else -1]
+    pattern = _of_use(fuller[int(worse[0]) if len(worse) else -1][None], table)[0]
     digits = "".join("01"[int(keep)] for keep in pattern)
     same = (keeps == pattern).all(1).double().mean().item()
     return Policy(digits[:layers], digits[layers:], int(cost(pattern[None])), same)
+
+
+def _of_use(patterns: Tensor, table: CostTable) -> Tensor:
+    """Patterns [P, layers and groups] in which no unit runs without channels."""
+    found, layer = patterns.clone(), 0
+    group = sum(unit.skippable for unit in table.units)
+    for unit in table.units:
+        count = sum(map(len, unit.sizes))
+        if unit.skippable:
+            if count:
+                found[:, layer] &= found[:, group : group + count].any(1)
+            layer += 1
+        group += count
+    return found
 
 
 def latency(models: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int = 30) -> dict[str, float]:
