@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet as tv_resnet
 
 import timm_dynamic as td
+from timm_dynamic import families
 
 CLASSES = 10
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
@@ -151,6 +152,11 @@ def images(batch: int, size: int = SIZE, seed: int = 1) -> Tensor:
     x = torch.randn(batch, 3, size, size, generator=generator)
     contrast = 0.5 + torch.rand(batch, 1, 1, 1, generator=generator)
     return contrast * x + torch.randn(batch, 3, 1, 1, generator=generator)
+
+
+def gated(model: nn.Module) -> list[str]:
+    """Names of the gated units."""
+    return [unit.name for unit in families.units(model)[1:]]
 
 
 def units_of(model: nn.Module) -> int:

@@ -130,12 +130,18 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert model.layer1.training
 
 
+def recorded(task: Any) -> list[torch.Tensor]:
+    """The policies that a task draws from now on."""
+    drawn: list[torch.Tensor] = []
+    task._drawn = lambda *found: drawn.append(HindsightTask._drawn(task, *found)) or drawn[-1]  # type: ignore[func-returns-value]
+    return drawn
+
+
 def test_only_gates_learn_from_hindsight() -> None:
     """The trunk's gradient is that of the images it ran, and of nothing else."""
     model, (x, y) = network(), batch()
     task = task_of(model, alpha=0.1, mixing=0.0)
-    drawn: list[torch.Tensor] = []
-    task._drawn = lambda *found: drawn.append(HindsightTask._drawn(task, *found)) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+    drawn = recorded(task)
     task(x, y)["loss"].backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -152,8 +158,7 @@ def test_channel_gates_learn_from_what_was_run_and_what_it_cost() -> None:
     """Their gradient is that of the images' own policies, with the cost; none comes from comparing policies."""
     model, (x, y) = with_channels(), batch()
     task = task_of(model, alpha=0.7, mixing=0.0)
-    drawn: list[torch.Tensor] = []
-    task._drawn = lambda *found: drawn.append(HindsightTask._drawn(task, *found)) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+    drawn = recorded(task)
     task(x, y)["loss"].backward()
     found = {name: p.grad.clone() for name, p in model.channel_gates.named_parameters()}
     model.zero_grad()

@@ -147,8 +147,9 @@ def test_channels_are_settled_at_the_end(start: Path, tmp_path: Path, capsys: py
     summary = json.loads((run / "summary.json").read_text())
     assert summary["dynamic"]["macs"] == table.exits[-1].dearest, "nothing is left to decide"
     assert "adaptive_gain" in summary
-    assert call(iadi, "--settle", 0.4, "--output", tmp_path / "none", *FEW) == 1
-    assert "--settle must be a share of the images in [0.5, 1]; found 0.4" in capsys.readouterr().err
+    for share in (0.4, 0.0):
+        assert call(iadi, "--settle", share, "--output", tmp_path / "none", *FEW) == 1
+        assert f"--settle must be a share of the images in [0.5, 1]; found {share}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["sp", "hrl", "sp+hrl"])

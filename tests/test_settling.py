@@ -14,6 +14,7 @@ from nets import (
     assert_same_decisions,
     decide,
     dynamic,
+    gated,
     images,
     masked,
     mixed,
@@ -30,11 +31,6 @@ from timm_dynamic.tasks import DynamicTask, FollowTask, WarmupTask
 from timm_dynamic.walk import Walk
 
 SIZE = (3, 40, 40)
-
-
-def gated(model: nn.Module) -> list[str]:
-    """Names of the gated units."""
-    return [unit.name for unit in families.units(model)[1:]]
 
 
 def some(model: nn.Module) -> list[int]:

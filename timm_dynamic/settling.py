@@ -61,8 +61,9 @@ def settle_channels(model: Any, keeps: Mapping[str, str]) -> Any:
     """Settle the channels of units: every image that runs them computes the same ones, whatever gates or `force` say.
 
     The channel gates of these units are no longer asked, which saves what they cost (DDI, supplement 7: an eighth of a
-    dense layer), and a hard budget allows for the channels that are kept only. It is part of the config
-    (`ChannelGateConfig.settled`), saved by `save_pretrained` and in runs; a bare state dict does not hold it.
+    dense layer), and a hard budget allows for the channels that are kept only, but in milliseconds, where a unit that
+    runs is paid in full. It is part of the config (`ChannelGateConfig.settled`), saved by `save_pretrained` and in
+    runs; a bare state dict does not hold it.
     `settle_channels(model, {})` gives all back to their gates.
 
     Args:

@@ -146,7 +146,7 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     for name in ("stage", "tracker"):
         values[name] = tuple(values.get(name) or ())
     values["teacher"] = tuple(values.get("teacher") or ())
-    for name in ("teacher", "exit_hidden", "exits_alone", "settle"):
+    for name in ("teacher", "exit_hidden", "exits_alone"):
         values[name] = values.get(name) or None  # runs from before it have None of it
     found = Settings(recipe=recipe, **values)
     if found.alpha is None and found.target is None:

@@ -244,16 +244,19 @@ def _settle(accelerator: Accelerator, model: nn.Module, data: Data, settings: Se
     fixed = settings.method in ("sdv", "static") or not hasattr(model, "layer_gates")
     if fixed or settings.max_steps:
         return
+    if settings.shut is None and settings.open is None and settings.settle is None:
+        return
+    seen = plain_images(data, SEEN_IMAGES)
     if settings.shut is not None:
-        idle = td.idle_units(model, plain_images(data, SEEN_IMAGES), settings.shut)
+        idle = td.idle_units(model, seen, settings.shut)
         td.shut_units(model, idle)
         accelerator.print(f"shut for good: {', '.join(idle) or 'no unit'}")
     if settings.open is not None:
-        busy = td.busy_units(model, plain_images(data, SEEN_IMAGES), settings.open)
+        busy = td.busy_units(model, seen, settings.open)
         td.open_units(model, busy)
         accelerator.print(f"open for good: {', '.join(busy) or 'no unit'}")
     if settings.settle is not None and hasattr(model, "channel_gates"):
-        steady = td.steady_channels(model, plain_images(data, SEEN_IMAGES), settings.settle)
+        steady = td.steady_channels(model, seen, settings.settle)
         td.settle_channels(model, steady)
         accelerator.print(f"channels settled: {', '.join(f'{n}={d}' for n, d in steady.items()) or 'of no unit'}")
 
