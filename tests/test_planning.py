@@ -152,6 +152,95 @@ def test_channels_are_settled_at_the_end(start: Path, tmp_path: Path, capsys: py
         assert f"--settle must be a share of the images in [0.5, 1]; found {share}" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def narrow(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of one policy of layers and channels leaves: of the units that run, half of the channels do."""
+    folder = tmp_path_factory.mktemp("narrow")
+    for part in ("base", "model.safetensors", "config.json"):
+        copy = shutil.copytree if (start / part).is_dir() else shutil.copy
+        copy(start / part, folder / part)
+    model = td.add_channel_gates(timm.create_model("skipnet_resnet20_cifar"), {"mode": "nested"})
+    half = ["".join("1" * (n - n // 2) + "0" * (n // 2) for n in map(len, unit)) for unit in model.channel_gates.sizes]
+    for place, name in enumerate(model.channel_gates.gated):
+        if name in model.layer_gates.gated and POLICY[model.layer_gates.gated.index(name)] == "0":
+            half[place] = "0" * len(half[place])
+    (folder / "settings.json").write_text(json.dumps({"policy": f"{POLICY}:{''.join(half)}"}))
+    return folder
+
+
+SETTLED = ("--shut", 0.0, "--open", 0.01, "--settle", 1.0, "--channel-mode", "nested")
+
+
+def kept_by(policy: str, gates: Any) -> dict[str, str]:
+    """The channels that a policy of resnet20's eight gated units keeps in those that it runs."""
+    layers, _, channels = policy.partition(":")
+    digits = iter(channels)
+    found = {
+        name: "".join(next(digits) for part in sizes for _ in part)
+        for name, sizes in zip(gates.gated, gates.sizes, strict=True)
+    }
+    return {name: found[name] for name, digit in zip(gates.gated, layers, strict=True) if digit == "1"}
+
+
+def test_channels_of_the_policy_are_settled_before_the_first_step(narrow: Path, tmp_path: Path) -> None:
+    more = {"shut": 0.0, "open": 1.0, "settle": 1.0, "channel_mode": "nested", "free": 1}
+    found = settings(tmp_path, "iadi", start=narrow, **more)
+    for settle in (1.0, None):
+        found = replace(found, settle=settle, free=1 if settle else None)
+        follow, _ = planned(iadi.STAGES, found)
+        assert follow.surgery is not None
+        model: Any = timm.create_model("resnet20_cifar", num_classes=10)
+        follow.surgery(model, found)
+        gates = model.channel_gates
+        wanted = kept_by(json.loads((narrow / "settings.json").read_text())["policy"], gates)
+        assert set("".join(wanted.values())) == {"0", "1"}
+        assert gates.config.channels_of() == (wanted if settle else {})
+
+
+@pytest.mark.parametrize("recipe", [iadi, ddi])
+def test_hindsight_in_a_narrow_network(recipe: Any, narrow: Path, tmp_path: Path) -> None:
+    """Its last unit is left to the gates; when that too is settled, there is a policy to go on from."""
+    run = tmp_path / "run"
+    more = ("--hindsight", "--free", 1, "--target", 0.34, "--gain", "--output", run, *FEW[:4], *FEW[6:])
+    steps = [f"{stage}.iterations=2" for stage in ("follow", "iadi", "ddi") if recipe is ddi or stage != "ddi"]
+    assert call(recipe, "--start", narrow, *SETTLED, *more, *[one for s in steps for one in ("--stage", s)]) == 0
+    model: Any = timm.create_model(f"local-dir:{run}", pretrained=True)
+    policy = json.loads((narrow / "settings.json").read_text())["policy"]
+    wanted = kept_by(policy, model.channel_gates)
+    assert model.channel_gates.config.channels_of() == wanted
+    assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+    beside = json.loads((run / "static" / "settings.json").read_text())["policy"].partition(":")[2]
+    pairs = zip(policy.partition(":")[2], beside, strict=True)
+    assert all(one >= other for one, other in pairs), "the static policy beside it is as narrow"
+    td.open_units(td.shut_units(model, set(model.layer_gates.gated) - set(wanted)), wanted)
+    td.save_pretrained(model, run)
+    layers, channels = start_policy(settings(tmp_path, start=run))
+    assert layers == POLICY
+    assert kept_by(f"{layers}:{channels}", model.channel_gates) == wanted
+    td.save_pretrained(td.settle_channels(model, dict(list(wanted.items())[1:])), run)
+    with pytest.raises(RunError, match="weights are of no such network"):
+        start_policy(settings(tmp_path, start=run))
+
+
+def test_channels_that_are_not_settled_leave_nothing_to_hindsight(
+    narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = ("--start", narrow, "--free", 1, "--open", 1.0, "--output", tmp_path / "run", *FEW)
+    other = shutil.copytree(narrow, tmp_path / "last")
+    kept = other / "settings.json"
+    kept.write_text(kept.read_text().replace("1100", "0011"))
+    mode = ("--channel-mode", "nested")
+    for recipe, options, message in (
+        (iadi, mode, "or one whose channels are settled (iadi.py or ddi.py with --settle); found 01011010:"),
+        (skipnet, (), "or one whose channels are settled (iadi.py or ddi.py with --settle); found 01011010:"),
+        (iadi, ("--settle", 1.0, "--group-size", 8), "8 layer gates and of 40 channel groups; found '01011010' and"),
+        (iadi, (*SETTLED, "--start", other), f"--start {other}: nested channel gates keep the first"),
+    ):
+        assert call(recipe, *free, *options) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["sp", "hrl", "sp+hrl"])
 def test_any_method_can_leave_the_last_units_alone_to_the_gates(method: str, start: Path, tmp_path: Path) -> None:
     options = {"start": start, "method": method, "free": 2, "shut": 0.0, "open": 1.0}

@@ -91,7 +91,8 @@ FLAGS = {
     "settle": _flag(
         float | None,
         "At the end settle the channels of the units in which at least this share of the training images would compute "
-        "the same ones, group by group: their channel gates are no longer asked.",
+        "the same ones, group by group: their channel gates are no longer asked. From the first step on those that "
+        "--start's policy keeps, if it has channels.",
     ),
     "alpha": _flag(
         float | None, "Fixed weight of the cost, which is a share of the dense network's.", callback=one_of_two

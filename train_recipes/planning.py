@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
     """The stages of a run that starts from a network of one policy: its gates follow that before they leave it."""
     layers, channels = start_policy(settings)  # fails where there is none
     if settings.left_free is not None:
-        _check_free(layers, channels, settings.left_free)
+        _check_free(layers, "" if settings.settle is not None else channels, settings.left_free)
     for place, stage in enumerate(stages):
         if stage.surgery in STARTS:
             follow = replace(FOLLOW, surgery=STARTS[stage.surgery])
@@ -115,9 +116,20 @@ def _settled_policy(settings: Settings) -> str | None:
     """The one policy that the network has, up to where images leave; None if it decides."""
     model = _start_network(settings)
     gates = getattr(model, "layer_gates", ())
-    if not gates or hasattr(model, "channel_gates") or len(gates.settled) < len(gates):
+    if not gates or len(gates.settled) < len(gates):
         return None
-    return "".join(str(int(gates.settled[place])) for place in range(len(gates)))
+    layers = "".join(str(int(gates.settled[place])) for place in range(len(gates)))
+    if not hasattr(model, "channel_gates"):
+        return layers
+    known, shut = model.channel_gates.config.channels_of(), set(gates.config.shut)
+    found = [known.get(name, "1" * count if name in shut else None) for name, count in _groups(model)]
+    return None if None in found else f"{layers}:{''.join(map(str, found))}"
+
+
+def _groups(model: Any) -> list[tuple[str, int]]:
+    """Name and number of channel groups of each unit with a channel gate."""
+    gates = model.channel_gates
+    return [(name, sum(map(len, sizes))) for name, sizes in zip(gates.gated, gates.sizes, strict=True)]
 
 
 def take_trunk(model: nn.Module, settings: Settings) -> None:
@@ -161,14 +173,26 @@ def _from_trunk(surgery: Surgery) -> Surgery:
 
 
 def _settle_by_policy(model: Any, settings: Settings) -> None:
-    """With --shut, shut what the policy never runs; with --open, open what is not left to the gates."""
-    layers, _ = start_policy(settings)
+    """With --shut, shut what the policy never runs; with --open, open what is not left to the gates.
+
+    With --settle, the channels of what the policy runs are those that it keeps.
+    """
+    layers, channels = start_policy(settings)
     names = model.layer_gates.gated
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
     if opens_first(settings):
         stay = without_last(layers, settings.left_free or 0)
         td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
+    groups = _groups(model) if settings.settle is not None and hasattr(model, "channel_gates") else []
+    if groups and len(channels) == sum(count for _, count in groups):  # one that does not fit is refused by `follow`
+        digits = iter(channels)
+        keeps = {name: "".join(islice(digits, count)) for name, count in groups}
+        never = {name for name, digit in zip(names, layers, strict=False) if digit == "0"}
+        try:
+            td.settle_channels(model, {name: found for name, found in keeps.items() if name not in never})
+        except ValueError as error:
+            raise RunError(f"--start {settings.start}: {error}") from error
 
 
 def _add_open_channel_gates(model: nn.Module, settings: Settings) -> None:
@@ -201,9 +225,12 @@ FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0
 
 
 def _check_free(layers: str, channels: str, free: int) -> None:
-    """Whether the gates can be left so many of the last units of the policy."""
+    """Whether the gates can be left so many of the last units of the policy; channels: those that are not settled."""
     if channels:
-        raise RunError(f"hindsight and --free start from a policy of layers; found {layers}:{channels}")
+        raise RunError(
+            "hindsight and --free start from a policy of layers, or one whose channels are settled (iadi.py or ddi.py "
+            f"with --settle); found {layers}:{channels}"
+        )
     try:
         without_last(layers, free)
     except ValueError as error:
