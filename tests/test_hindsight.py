@@ -66,6 +66,7 @@ def test_what_it_cannot_be_made_for() -> None:
         (network(), {"layers": "0110111x"}, "a zero or a one for each of 8 layer gates; found '0110111x'"),
         (network(), {"free": 6}, "from 1 to 5 units"),
         (network(), {"alpha": 1.0, "target": 0.5}, "give alpha or target, not both"),
+        (network(), {"floor": 1.5}, "floor must be a number in 0..1; found 1.5"),
     ):
         options = {"layers": POLICY, "free": 2, "steps": 100, **options}
         with pytest.raises(ValueError, match=message):
@@ -257,6 +258,29 @@ def test_policies_are_drawn_at_random_at_first_only() -> None:
     assert either == {POLICY, SHORT}
     task.eval()
     assert torch.equal(task._drawn(cheap, dear, goes_on), own)
+
+
+@pytest.mark.parametrize("floor", [None, 0.0])
+def test_the_dearer_policy_of_a_densenet_lives_on(floor: float | None) -> None:
+    """Gates run no layer; without images at random the norms forget what the layers of the dearer one give them."""
+    torch.manual_seed(0)
+    model: Any = random_norms(timm.create_model("densenet40_cifar", num_classes=10))
+    td.add_layer_gates(model, td.LayerGateConfig(kind="rnn", init="open"))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.5
+    (x, y), policy = batch(64), "1" * len(model.layer_gates)
+    task = HindsightTask(model, costs_of(model, SIZE).dense, 1, layers=policy, free=8, alpha=0.0, floor=floor).train()
+    assert task.floor == (0.125 if floor is None else 0.0)
+    with torch.no_grad():
+        model.layer_gates.fc.bias.fill_(-20.0)
+        task(x, y)  # the first steps are all at random
+        before = F.cross_entropy(under(model, policy, x), y)
+        task.train()
+        for _ in range(16):
+            task(x, y)
+        worse = F.cross_entropy(under(model, policy, x), y) - before
+    assert (worse < 2) == (floor is None), worse
 
 
 def test_units_that_no_image_runs_are_not_computed_in_training() -> None:

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import losses
+from . import families, losses
+from .configs import ratio
 from .forward import Decisions, decide
 from .modes import modes_kept
 from .surgery import force
 from .tasks import TINY, DynamicTask, following, mean_over_processes, zero_of_all
 
 MOST_WEIGHT = 2.0  # nats; no image counts for more
+LEAST = 1 / 8  # of the images of a DenseNet run either policy at random to the end
 
 
 def without_last(layers: str, count: int) -> str:
@@ -46,8 +48,9 @@ class HindsightTask(DynamicTask):
     The network itself learns from images under the policies that their gates say; during the first part of training
     a share of them, which falls from 1 to 0, runs either policy at random instead, so that both are learned.
 
-    It is for residual networks: in a DenseNet the batch norms after layers that no image runs any more come to have the
-    statistics of zeros, by which the dearer policy's loss grows without limit, and no image takes it again.
+    In a DenseNet it falls to an eighth. What a layer gives lies beside the rest there, and batch norms after layers
+    that no image runs any more come to have the statistics of zeros, by which the dearer policy's loss grows without
+    limit, and no image takes it again. A residual unit that no image runs leaves no trace.
 
     Channel gates, where there are any, choose under either policy, and learn as in `DynamicTask`: through what they
     keep, from the loss and from the cost of the units that their image runs.
@@ -58,13 +61,14 @@ class HindsightTask(DynamicTask):
         steps: batches that this task will see.
         layers: the dearer policy, 1 (run) or 0 for each layer gate.
         free: how many of its last units are left to the gates.
-        mixing: share of the steps in which some images run either policy at random.
+        mixing: share of the steps in which that share of the images falls.
+        floor: what it falls to; None: 0 in residual networks, 1/8 in DenseNets.
         stiffness: direct push back on the distance from the target, for which gates that learn slowly leave less room.
         **steering: `alpha` or `target` and the other options of `DynamicTask`.
 
     Raises:
         ValueError: if the network has exits or no layer gates, or the policy does not fit it; if nothing is left to the
-            layer gates.
+            layer gates; if the floor is not in 0..1.
     """
 
     policies: Tensor
@@ -78,6 +82,7 @@ class HindsightTask(DynamicTask):
         layers: str,
         free: int,
         mixing: float = 0.5,
+        floor: float | None = None,
         stiffness: float = 0.5,
         **steering: Any,
     ):
@@ -89,6 +94,9 @@ class HindsightTask(DynamicTask):
             raise ValueError(f"a policy has a zero or a one for each of {gates} layer gates; found {layers!r}")
         both = [[digit == "1" for digit in policy] for policy in (without_last(layers, free), layers)]
         self.mixing = mixing
+        grows = any(unit.kind.grows for unit in families.units(model))
+        self.floor = floor if floor is not None else LEAST if grows else 0.0
+        ratio("floor", self.floor)
         self.register_buffer("policies", torch.tensor(both), persistent=False)
         self.free = (self.policies[0] != self.policies[1]).nonzero().flatten().tolist()
 
@@ -176,11 +184,11 @@ class HindsightTask(DynamicTask):
     def _drawn(self, cheap: Decisions, dear: Decisions, goes_on: Tensor) -> Tensor:
         """[B, gates]: the policy that each image is learned from.
 
-        What gates say on the way that they choose; for some images, during the first part, either policy at random.
+        What gates say on the way that they choose; for some images either policy at random.
         """
         own = torch.where(goes_on[:, None], dear.layer_prob, cheap.layer_prob).detach() >= 0.5
         progress = int(self.seen) / self.steps
-        at_random = max(0.0, 1 - progress / self.mixing) if self.mixing > 0 else 0.0
+        at_random = max(self.floor, 1 - progress / self.mixing) if self.mixing > 0 else self.floor
         if not self.training or at_random == 0:
             return own
         chance = torch.rand(2, len(own), device=own.device)
