@@ -88,6 +88,8 @@ def test_settled_channels_are_those_that_everybody_computes(kind: str, mode: str
     own = decide(model, x)
     assert macs == own.macs.sum()
     assert_near(logits, own.logits)
+    with masked(model):
+        assert_same_decisions(decide(model, x), own)
     td.settle_channels(model, {})
     assert_same_decisions(decide(model, x), before)
     assert td.cost_table(model, SIZE) == first
@@ -113,8 +115,10 @@ def test_their_gates_are_not_run_whatever_thresholds_say() -> None:
     model.channel_gates.threshold.fill_(2.0)
     for name, gate in zip(gated(model), model.channel_gates.gates, strict=True):
         gate.register_forward_hook(lambda *_, name=name: asked.append(name))
+    model.channel_gates.register_forward_pre_hook(lambda _, args: asked.append(gated(model)[args[0]]))
     found = digits_of(decide(model, images(3)).channel_keep)
-    assert asked == [name for name in gated(model) if name not in keeps]
+    others = [name for name in gated(model) if name not in keeps]
+    assert asked == [name for name in others for _ in range(2)], "nor is anything made of what they would say"
     assert found.sum() == 3 * sum(digits.count("1") for digits in keeps.values())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .families import Unit, rests_unchanged, run_slice
 
 Keeps = Sequence[Tensor]  # for each hidden width, keeps of its channels: [B, channels]
+Pattern = Sequence[tuple[bool, ...]]  # for each hidden width, which of its groups are kept
 MOST_BYTES = 2**27  # of weights that are remembered
 
 
@@ -153,7 +154,7 @@ def run_skipping(
     unit: Unit,
     x: Tensor,
     keep: Tensor | None,
-    choose: Callable[[Tensor, Tensor | None], Keeps | None],
+    channels: Callable[[Tensor, Tensor | None], Keeps | None] | Pattern,
     reuse: bool = False,
     slices: Slices | None = None,
     sizes: Sequence[tuple[int, ...]] | None = None,
@@ -164,20 +165,27 @@ def run_skipping(
         unit: in eval mode.
         x: [B, C, H, W].
         keep: bool [B]; None where the unit is not gated.
-        choose: given the inputs of the images that run and their places in `x` (None for all), says which channels
-            they keep: bool [B', groups] for each hidden width, or None for all. Not called if no image runs.
+        channels: the groups of each hidden width that all images keep; or what says which each keeps, given the inputs
+            of the images that run and their places in `x` (None for all): bool [B', groups] for each hidden width, or
+            None for all. Not called if no image runs.
         reuse: results may be put into `x` itself, because nobody else reads it.
         slices: remembers sliced weights, where these never change.
         sizes: for each hidden width, how many channels each group holds; None for one.
     """
+
+    def run(x: Tensor, places: Tensor | None) -> Tensor:
+        if callable(channels):
+            return _sliced_branch(unit, x, channels(x, places), sizes, slices)
+        return _branch_slice(unit, x, channels, sizes, slices)
+
     places = None if keep is None else _places(keep)
     if places is None:
-        y = _sliced_branch(unit, x, choose(x, None), sizes, slices)
+        y = run(x, None)
         return close(unit, y, shortcut(unit, x))
     if len(places) == 0:
         return rest(unit, shortcut(unit, x))
     picked = gathered(x, places)
-    y = _sliced_branch(unit, picked, choose(picked, places), sizes, slices)
+    y = run(picked, places)
     short = shortcut(unit, x)
     del picked
     if short is x and not unit.kind.grows and _by_image(y, x) and rests_unchanged(unit.kind.act(unit.module)):
@@ -276,7 +284,7 @@ class _Kept(NamedTuple):
 def _branch_slice(
     unit: Unit,
     x: Tensor,
-    patterns: Sequence[tuple[bool, ...]],
+    patterns: Pattern,
     sizes: Sequence[tuple[int, ...]] | None,
     slices: Slices | None,
 ) -> Tensor:

@@ -365,12 +365,16 @@ class Walk:
                 chosen = [spread(k, places, self.images()) for k in keeps]
             return keeps
 
-        sizes = self.channel_gates.sizes[g] if g >= 0 and self.channel_gates is not None else None
+        gates = self.channel_gates if g >= 0 else None
+        sizes = None if gates is None else gates.sizes[g]
+        settled = None if gates is None else gates.settled.get(g)
         reuse = not (self.shared or self.x.requires_grad or self.learning)  # a gate may need x again
         if known is False:
             y = units.rest(unit, units.shortcut(unit, self.x))
         else:
-            y = units.run_skipping(unit, self.x, keep, choose, reuse, self.model.dynamic.slices, sizes)
+            y = units.run_skipping(unit, self.x, keep, settled or choose, reuse, self.model.dynamic.slices, sizes)
+        if settled is not None and known is not False and self.accounts:
+            chosen = self._settled(settled, keep)
         if sizes is not None and chosen is None:  # no image ran
             chosen = [torch.zeros(self.images(), len(s), dtype=torch.bool, device=y.device) for s in sizes]
         if self.accounts:
@@ -378,6 +382,11 @@ class Walk:
         if self.log is not None and chosen is not None:
             self.log.channel_keep += [spread(k, self.rows, self.log.batch) for k in chosen]
         self.x = units.join(unit, self.x, y)
+
+    def _settled(self, parts: Sequence[Sequence[bool]], keep: Tensor | None) -> list[Tensor]:
+        """For each hidden width, which of its groups [B, groups] the images that keep the unit compute."""
+        rows = [torch.tensor([part], device=self.x.device).expand(self.images(), -1) for part in parts]
+        return rows if keep is None else [row & keep[:, None] for row in rows]
 
     def _charge(self, i: int, keep: Tensor | None, chosen: list[Tensor] | None) -> None:
         """Charge unit `i` to the images that are here; to a single one on a CPU in plain numbers."""
