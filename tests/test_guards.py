@@ -346,12 +346,12 @@ def test_where_a_file_cannot_go_is_said_before_the_work(
 
 
 def test_list_tells_trained_gates_from_a_bases_weights() -> None:
-    (row,) = json.loads(CliRunner().invoke(app, ["list", "iadi_resnet38_cifar", "--json"]).output)
-    bases = [full.partition(".")[2] for full in timm.list_pretrained("resnet38_cifar")]
-    assert "cifar10" in bases
+    (row,) = json.loads(CliRunner().invoke(app, ["list", "iadi_resnet74_cifar", "--json"]).output)
+    bases = [full.partition(".")[2] for full in timm.list_pretrained("resnet74_cifar")]
+    assert "cifar10_90epochs" in bases
     assert (row["pretrained_tags"], row["trained_tags"]) == (sorted([*bases, "cifar10_iadi"]), ["cifar10_iadi"])
-    shown = CliRunner().invoke(app, ["list", "iadi_resnet38_cifar"]).output
-    assert "cifar10_iadi*, cifar10" in shown
+    shown = CliRunner().invoke(app, ["list", "iadi_resnet74_cifar"]).output
+    assert "cifar10_iadi*, cifar10_90epochs" in shown
     assert shown.count("*") == 2  # that of the tag, and of what explains it
     assert "gates and exits are trained too" in shown
 

@@ -311,15 +311,15 @@ def test_the_certainty_of_the_classifier_is_told(
 def test_a_trained_network_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its weights and policy, and the base that is given beside it, as teacher too."""
     few = ("--method", "sp", "--model", "skipnet_resnet38_cifar", "--output", tmp_path / "run", *FEW)
-    named = ("--start", "ddi_resnet38_cifar.cifar10_anytime")
+    named, stock = ("--start", "ddi_resnet38_cifar.cifar10_anytime"), "resnet38_cifar.cifar10_60epochs"
     for options, message in (
         (named, "brings weights and a policy, but no base: give --base"),
-        ((*named, "--base", "resnet20_cifar.cifar10"), "--base resnet20_cifar.cifar10 is neither"),
+        ((*named, "--base", "resnet20_cifar.cifar10_60epochs"), "--base resnet20_cifar.cifar10_60epochs is neither"),
         (
-            ("--start", "skipnet_resnet38_cifar.cifar10_hrl", "--base", "resnet38_cifar.cifar10"),
+            ("--start", "skipnet_resnet38_cifar.cifar10_hrl", "--base", stock),
             "weights are of no such",
         ),
-        (("--start", "resnet38_cifar.cifar10", "--base", "resnet38_cifar.cifar10"), "weights are of no such network"),
+        (("--start", stock, "--base", stock), "weights are of no such network"),
     ):
         assert call(skipnet, *options, *few) == 1
         assert message in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_what_cannot_teach_is_said_before_a_run_is_begun(tmp_path: Path, capsys:
     damaged = tmp_path / "damaged"
     td.save_pretrained(timm.create_model("resnet20_cifar"), damaged)
     (damaged / "model.safetensors").write_bytes(b"no weights")
-    cifar = ("--teacher", "resnet20_cifar.cifar10", "--distill", 1)
+    cifar = ("--teacher", "resnet20_cifar.cifar10_60epochs", "--distill", 1)
     cases: tuple[tuple[Any, tuple[Any, ...], str], ...] = (
         (ddi, cifar[:2], "--teacher needs the weight of what it teaches: give --distill"),
         (base, cifar[2:], "--distill needs a network to learn from: give --teacher"),
@@ -101,7 +101,7 @@ def test_what_cannot_teach_is_said_before_a_run_is_begun(tmp_path: Path, capsys:
 
 
 def test_a_teacher_is_shown_images_as_it_was_trained_to_see_them(tmp_path: Path) -> None:
-    name = "resnet20_cifar.cifar10"
+    name = "resnet20_cifar.cifar10_60epochs"
     own = timm.create_model(name, pretrained=True).eval()
     mean, std = (torch.tensor(own.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
     pixels = torch.rand(4, 3, 32, 32)
@@ -115,13 +115,13 @@ def test_a_teacher_is_shown_images_as_it_was_trained_to_see_them(tmp_path: Path)
 
 
 def test_a_teacher_knows_the_classes_takes_the_images_and_can_be_recorded(tmp_path: Path) -> None:
-    plain, dynamic = "resnet20_cifar.cifar10", "ddi_resnet38_cifar.cifar10_anytime"
+    plain, dynamic = "resnet20_cifar.cifar10_60epochs", "ddi_resnet38_cifar.cifar10_anytime"
     wanted = settings(tmp_path, teacher=(plain, dynamic), distill=1.0)
     names = timm.create_model(plain, pretrained=True).pretrained_cfg["label_names"]
     for changes, message in (
-        ({"classes": ("0", "1")}, r"resnet20_cifar\.cifar10 knows 10 classes; the data has 2"),
+        ({"classes": ("0", "1")}, r"resnet20_cifar\.cifar10_60epochs knows 10 classes; the data has 2"),
         ({"classes": names[::-1]}, "has the data's classes in another order: airplane, automobile"),
-        ({"input_size": (4, 32, 32)}, r"resnet20_cifar\.cifar10 does not take images of 4 x 32 x 32: "),
+        ({"input_size": (4, 32, 32)}, r"resnet20_cifar\.cifar10_60epochs does not take images of 4 x 32 x 32: "),
     ):
         with pytest.raises(RunError, match=message):
             teachers(wanted, SimpleNamespace(**{**vars(CIFAR), **changes}))  # type: ignore[arg-type]
