@@ -211,7 +211,7 @@ def test_latency_interleaves_and_takes_medians() -> None:
 
 
 def test_the_static_policy_is_the_most_common_one_at_the_same_cost() -> None:
-    """Three of five images run units 1 and 2 of four; the fill goes by what is kept most often."""
+    """Three of five images run units 1 and 2 of four; the fill goes by what is kept most often for its cost."""
     model = timm.create_model("skipnet_resnet20_cifar", layer_gates="linear").eval()
     units = 8
     keeps = torch.zeros(5, units, dtype=torch.bool)
@@ -222,13 +222,41 @@ def test_the_static_policy_is_the_most_common_one_at_the_same_cost() -> None:
         found = static_policy(model, [(torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long))])
         mean = td.decide(model, torch.randn(5, 3, 32, 32)).macs.double().mean().item()
     assert found.share == 0.0, "no image was given just the pattern that was filled up"
-    assert found.layers.startswith("111"), "what was kept most often is added: units 1 and 2, then unit 3"
+    assert found.layers.startswith("111"), "what was kept most often is there, then what is as often kept and cheapest"
     assert found.channels == ""
     gated = [unit for unit in table.units if unit.skippable]
     own = sum(unit.branch for unit, digit in zip(gated, found.layers, strict=True) if digit == "1")
     always = table.stem + table.units[0].full + sum(unit.shortcut for unit in gated) + table.exits[-1].head
     assert found.macs == own + always
     assert abs(found.macs - mean) <= max(unit.branch for unit in gated) / 2 + 1
+
+
+def test_a_static_policy_is_filled_up_with_what_is_cheap_first() -> None:
+    """Four of ten images of a DenseNet go on: the six cheap layers of the last block are worth more than a dear one."""
+    model = timm.create_model("skipnet_densenet40_cifar", layer_gates="linear").eval()
+    keeps = torch.zeros(10, 17, dtype=torch.bool)
+    keeps[:, :9] = True
+    keeps[6:] = True
+    with td.force(model, layer_keep=keeps):
+        found = static_policy(model, [(torch.randn(10, 3, 32, 32), torch.zeros(10, dtype=torch.long))])
+    assert found.layers == "1" * 9 + "00" + "1" * 6
+
+
+def test_a_static_policy_is_filled_up_with_channels_in_their_order() -> None:
+    """4.8 groups on the mean: to the two that most often run come those that most who go on keep, and nothing else."""
+    model = timm.create_model("iadi_resnet20_cifar", layer_gates="linear", channel_gates={"mode": "nested"}).eval()
+    layers = torch.zeros(5, 8, dtype=torch.bool)
+    layers[:, 0] = True
+    layers[2:, 1] = True
+    channels = [torch.zeros(5, 4, dtype=torch.bool) for _ in range(8)]
+    channels[0][:, :2] = True
+    channels[0][3:] = True
+    channels[1][2:, :3] = True
+    channels[1][4] = True
+    with td.force(model, layer_keep=layers, channel_keep=channels):
+        found = static_policy(model, [(torch.randn(5, 3, 32, 32), torch.zeros(5, dtype=torch.long))])
+    assert str(found) == "11000000:" + "11001110" + "0" * 24
+    assert found.share == 0.2
 
 
 def test_a_static_policy_with_channels() -> None:

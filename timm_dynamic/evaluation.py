@@ -292,8 +292,9 @@ def static_policy(
     """The static network that a dynamic one has to beat: the pattern that it gives most often, at its mean cost.
 
     Of the patterns that cost, without gates, at most 2 % more than the dynamic network on the mean, gates included, the
-    most common one is taken (if all are dearer, the empty one). What is kept most often is added to it, as long as that
-    brings it nearer to the mean. A unit none of whose channels are kept does not run.
+    most common one is taken (if all are dearer, the empty one). Of what brings it nearer to the mean, what is kept
+    most often for what it costs is added to it, one after the other: a channel group, or a unit with the channels that
+    most of the images which run it keep. A unit none of whose channels are kept does not run.
 
     Args:
         model: a dynamic network with gates, without a budget.
@@ -321,14 +322,40 @@ def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
 
     cheap = cost(patterns) <= (1 + NEAR) * wanted
     pattern = patterns[int(torch.where(cheap, counts, 0).argmax())] if cheap.any() else torch.zeros_like(patterns[0])
-    rank = keeps.double().mean(0).argsort(descending=True, stable=True).argsort()
-    fuller = torch.cat([pattern[None], pattern | (rank <= torch.arange(len(rank))[:, None])])  # one more in each row
-    far = (cost(fuller) - wanted).abs()
-    worse = (far[1:] > far[:-1]).nonzero()
-    pattern = _of_use(fuller[int(worse[0]) if len(worse) else -1][None], table)[0]
+    often, additions = keeps.double().mean(0), _additions(keeps, table)
+    while True:
+        left, added = wanted - cost(pattern[None]), cost(pattern | additions) - cost(pattern[None])
+        nearer = (often > 0) & (added > 0) & (added <= 2 * left)
+        if not nearer.any():
+            break
+        pattern = pattern | additions[int(torch.where(nearer, often / added.clamp_min(1), 0.0).argmax())]
+    pattern = _of_use(pattern[None], table)[0]
     digits = "".join("01"[int(keep)] for keep in pattern)
     same = (keeps == pattern).all(1).double().mean().item()
     return Policy(digits[:layers], digits[layers:], int(cost(pattern[None])), same)
+
+
+def _additions(keeps: Tensor, table: CostTable) -> Tensor:
+    """[layers and groups, layers and groups]: what a pattern is given together with each of its digits.
+
+    A layer comes with the channels that most of the images which run it keep, a group with its layer and with those
+    before it that no image keeps it without, which in a nested gate are all.
+    """
+    found, layer = torch.eye(keeps.shape[1], dtype=torch.bool, device=keeps.device), 0
+    group = sum(unit.skippable for unit in table.units)
+    for unit in table.units:
+        for width in map(len, unit.sizes):
+            groups = slice(group, group + width)
+            if unit.skippable and (runs := keeps[keeps[:, layer], groups]).any():
+                found[layer, groups] = runs.double().mean(0) >= 0.5
+            for place in range(group, group + width):
+                if unit.skippable:
+                    found[place, layer] = True
+                before = slice(group, place)
+                found[place, before] = keeps[keeps[:, place], before].all(0)
+            group += width
+        layer += unit.skippable
+    return found
 
 
 def _of_use(patterns: Tensor, table: CostTable) -> Tensor:
