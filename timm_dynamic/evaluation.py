@@ -346,13 +346,12 @@ def _additions(keeps: Tensor, table: CostTable) -> Tensor:
     for unit in table.units:
         for width in map(len, unit.sizes):
             groups = slice(group, group + width)
-            if unit.skippable and (runs := keeps[keeps[:, layer], groups]).any():
-                found[layer, groups] = runs.double().mean(0) >= 0.5
+            if unit.skippable:
+                runs = keeps[keeps[:, layer], groups].double()
+                found[layer, groups] = runs.mean(0) >= 0.5  # none if no image runs it
+                found[groups, layer] = True
             for place in range(group, group + width):
-                if unit.skippable:
-                    found[place, layer] = True
-                before = slice(group, place)
-                found[place, before] = keeps[keeps[:, place], before].all(0)
+                found[place, group:place] = keeps[keeps[:, place], group:place].all(0)
             group += width
         layer += unit.skippable
     return found
