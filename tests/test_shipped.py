@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from huggingface_hub import ModelCard
 from nets import randomise
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import timm_dynamic as td
@@ -296,20 +297,42 @@ def test_a_run_gated_by_hand_gets_its_methods_name(shop: Shop, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["ff2", "rnn"])
-def test_gates_that_are_not_asked_are_stored_in_half_precision_too(shop: Shop, tmp_path: Path, kind: str) -> None:
-    """What is not theirs alone, as in an RNN gate, stays as it is."""
+def test_what_no_image_reaches_is_not_stored(shop: Shop, tmp_path: Path, kind: str) -> None:
+    """The rest loads as ever: with parts of it left out or its units given back, too."""
+    full = f"iadi_{BASE}.blobs"
     model = td.add_channel_gates(td.add_layer_gates(trained(BASE), td.LayerGateConfig(kind, "random")))
     names = model.layer_gates.gated
     td.settle_channels(
-        td.open_units(td.shut_units(model, names[:1]), names[1:2]),
-        {names[2]: "1" * len(model.channel_gates.sizes[2][0])},
+        td.open_units(td.shut_units(model, names[:1]), names[1:]),
+        {name: "1" * len(model.channel_gates.sizes[place][0]) for place, name in enumerate(names)},
     )
-    ship.ship(shop.order(add_run(tmp_path / "run", model, trained(BASE)), f"iadi_{BASE}.blobs"), tmp_path)
-    state = load_file(tmp_path / "timm_dynamic" / "weights" / f"iadi_{BASE}.blobs" / "model.safetensors")
-    halved = {key for key, value in state.items() if "_gates" in key and value.dtype == torch.float16}
-    own = ("layer_gates.gates.0.", "layer_gates.gates.1.") if kind == "ff2" else ()
-    wanted = {key for key, _ in model.named_parameters() if key.startswith((*own, "channel_gates.gates.2."))}
-    assert halved == wanted
+    ship.ship(shop.order(add_run(tmp_path / "run", model, trained(BASE)), full, half=False), tmp_path)
+    folder = tmp_path / "timm_dynamic" / "weights" / full
+    state = load_file(folder / "model.safetensors")
+    own = ["channel_gates.gates.", *(["layer_gates.gates."] if kind == "ff2" else [])]
+    gone = tuple(f"{part}{place}." for part in own for place in range(len(names)))
+    assert {key for key in model.state_dict() if key not in state} == {
+        key for key in model.state_dict() if key.startswith((f"{names[0]}.", *gone))
+    }
+    wanted = model(x())
+    for parts in ({}, {"exits": True}, {"channel_gates": False}, {"layer_gates": False, "channel_gates": False}):
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True, **parts).eval()
+        assert torch.allclose(again(x()), wanted, atol=1e-5), parts
+    free = {**model.layer_gates.config.to_dict(), "shut": [], "open": names}
+    assert torch.allclose(
+        timm.create_model(f"local-dir:{folder}", pretrained=True, layer_gates=free).eval()(x()), wanted
+    )
+
+
+def test_what_images_reach_must_be_there(shop: Shop, tmp_path: Path) -> None:
+    model = td.add_layer_gates(trained(BASE), td.LayerGateConfig("ff2", "random"))
+    names = td.shut_units(model, model.layer_gates.gated[:1]).layer_gates.gated
+    hub.save_pretrained(model, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for key in (f"{names[1]}.conv1.weight", "layer_gates.gates.1.fc.bias"):
+        save_file({name: value for name, value in state.items() if name != key}, tmp_path / "model.safetensors")
+        with pytest.raises(RuntimeError, match=re.escape(key)):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_the_numbers_are_those_of_the_command(shop: Shop) -> None:

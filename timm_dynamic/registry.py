@@ -30,8 +30,9 @@ from torchvision.models import resnet as tv_resnet
 from . import families
 from .budgets import check_budget
 from .cifar import default_cfgs as cifar_cfgs
-from .configs import BudgetConfig
+from .configs import BudgetConfig, ChannelGateConfig, LayerGateConfig
 from .gates import PARTS, is_part
+from .idle import idle_weights
 from .roots import DynamicFeatures
 from .safety import check_saved_model
 from .shipped import shipped, with_saved_arguments
@@ -121,10 +122,12 @@ def complete(
     *,
     missing: Collection[str] = (),
     unused: Collection[str] = (),
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Make weights loadable into a dynamic model: its own fresh gates and exits join those of the base.
 
-    Weights that have any gate or exit must have them all; exits of another number of classes start afresh.
+    Weights that have any gate or exit must have them all, but for what no image could reach where they come from;
+    exits of another number of classes start afresh.
 
     Args:
         base: name of the stock model.
@@ -132,9 +135,15 @@ def complete(
         model: that they are for.
         missing: parts that the weights lack, and that start afresh.
         unused: parts of the weights that the model does without.
+        arguments: what the weights were saved with, if that is known.
     """
     if base in densenet_cfgs:
         state_dict = timm.models.densenet._filter_torchvision_pretrained(state_dict)
+    if arguments and any(map(is_part, state_dict)):
+        layers, channels = arguments.get("layer_gates"), arguments.get("channel_gates")
+        of_layers = LayerGateConfig.make(layers) if layers else None
+        of_channels = ChannelGateConfig.make(channels) if channels else None
+        state_dict = {**idle_weights(model, of_layers, of_channels), **state_dict}
     state_dict = {key: value for key, value in state_dict.items() if key.split(".", 1)[0] not in unused}
     own = {key: value for key, value in model.state_dict().items() if is_part(key)}
     if not any(map(is_part, state_dict)):
@@ -196,7 +205,13 @@ def _register_timm(prefix: str, base: str, cfgs: DefaultCfg, trained: Mapping[st
             name,
             pretrained,
             feature_cfg={"feature_cls": DynamicFeatures, "out_indices": tuple(range(4 if base in cifar_cfgs else 5))},
-            pretrained_filter_fn=partial(complete, base, missing=saved.missing, unused=saved.unused),
+            pretrained_filter_fn=partial(
+                complete,
+                base,
+                missing=saved.missing,
+                unused=saved.unused,
+                arguments=saved.kwargs.get("pretrained_model_args"),
+            ),
             **saved.kwargs,
         )
 

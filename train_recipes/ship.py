@@ -36,8 +36,9 @@ from timm_dynamic.cli.errors import CommandError, one_line
 from timm_dynamic.cli.evaluate import BATCH
 from timm_dynamic.cli.models import load, restrict
 from timm_dynamic.evaluation import compare, costs_of
-from timm_dynamic.gates import PARTS, gates_choose
+from timm_dynamic.gates import GATES, PARTS, gates_choose
 from timm_dynamic.hub import CARD, PREFIXES, base_name, base_of, config_text, save_pretrained
+from timm_dynamic.idle import idle_weights
 from timm_dynamic.safety import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,10 @@ def _put(stage: Path, folder: Path, card: str, card_file: Path) -> None:
 
 
 def _write_weights(order: Order, stage: Path) -> str:
-    """Put a run's model into a folder, its parameters in half precision; gives its name with the tag."""
+    """Put a run's model into a folder, its parameters in half precision, without those that no image can reach.
+
+    Gives its name with the tag.
+    """
     model = load(f"local-dir:{order.run}", pretrained=True)
     name = _name_of(model)
     if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", order.tag):
@@ -140,25 +144,19 @@ def _write_weights(order: Order, stage: Path) -> str:
     (stage / CARD).unlink()
     config = json.loads((stage / CONFIG).read_text(encoding="utf-8"))
     (stage / CONFIG).write_text(config_text({**config, "architecture": name}), encoding="utf-8")
+    layers, channels = (getattr(getattr(model, part, None), "config", None) for part in GATES)
+    idle = idle_weights(model, layers, channels)
+    state = {key: value for key, value in load_file(stage / WEIGHTS).items() if key not in idle}
     if order.half:
         # what decides stays as it is, small as it is; so do buffers: thresholds, batch-norm statistics
-        halved = {key for key, _ in model.named_parameters() if not _decides(model, key)}
-        state = {k: v.half() if k in halved else v for k, v in load_file(stage / WEIGHTS).items()}
+        halved = {key for key, _ in model.named_parameters() if not key.startswith(GATES)}
+        state = {key: value.half() if key in halved else value for key, value in state.items()}
         if not all(torch.isfinite(value).all() for value in state.values()):
             raise RunError(f"{order.run}: some weights are too large for half precision: give --full")
-        save_file(state, stage / WEIGHTS, metadata={"format": "pt"})
+    save_file(state, stage / WEIGHTS, metadata={"format": "pt"})
     stage.chmod(0o755)
     (stage / WEIGHTS).chmod(0o644)
     return f"{name}.{order.tag}"
-
-
-def _decides(model: Any, key: str) -> bool:
-    """Whether a parameter is one of gates that are asked; those of a settled unit have no say."""
-    part, *names = key.split(".")
-    if part not in PARTS[:2]:
-        return False
-    own = names[0] == "gates"  # and not shared between units
-    return not own or int(names[1]) not in getattr(model, part).settled
 
 
 def _name_of(model: Any) -> str:
