@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from nets import groups_of, undecided, units_of
 from torch import nn
 
 import timm_dynamic as td
@@ -288,3 +289,24 @@ def test_a_static_policy_runs_no_unit_without_channels() -> None:
         found = static_policy(model, [(images, torch.zeros(4, dtype=torch.long))])
     assert str(found) == "11000000:" + "1" * 8 + "0" * 24
     assert found.share == 1.0
+
+
+def test_a_static_policy_runs_no_unit_with_channels_in_one_width_alone() -> None:
+    """A group of a Bottleneck's first hidden width comes with what is kept beside it in the second."""
+    model = undecided("bottleneck", ("layer", "channel"), channel=td.ChannelGateConfig(group_size=8))
+    x = torch.randn(10, 3, 40, 40)
+    layers = torch.zeros(10, units_of(model), dtype=torch.bool)
+    channels = [torch.zeros(10, count, dtype=torch.bool) for count in groups_of(model)]
+    layers[:, 0] = layers[:2, -1] = layers[:, 1] = True
+    for keep in channels[:2]:
+        keep[:] = True
+    channels[2][:] = True  # of the second unit the first width alone: it does not run
+    channels[-2][:2] = True
+    channels[-1][:2, :3] = True
+    with td.force(model, layer_keep=layers, channel_keep=channels):
+        found = static_policy(model, [(x, torch.zeros(10, dtype=torch.long))])
+    widths = [part.tolist() for part in torch.tensor([int(digit) for digit in found.channels]).split(groups_of(model))]
+    assert found.layers[:2] == "10"
+    assert "1" in found.layers[2:]
+    for unit, digit in enumerate(found.layers):
+        assert all(any(width) == (digit == "1") for width in widths[2 * unit : 2 * unit + 2]), unit

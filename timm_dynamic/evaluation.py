@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .costs import CostTable
+from .costs import CostTable, UnitCost
 from .forward import decide
 from .measure import cost_table
 from .modes import modes_kept
@@ -338,37 +339,46 @@ def _most_common(rows: Rows, table: CostTable, wanted: float) -> Policy:
 def _additions(keeps: Tensor, table: CostTable) -> Tensor:
     """[layers and groups, layers and groups]: what a pattern is given together with each of its digits.
 
-    A layer comes with the channels that most of the images which run it keep, a group with its layer and with those
-    before it that no image keeps it without, which in a nested gate are all.
+    A layer comes with the channels that most of the images which run it keep, a group with its layer, with those
+    before it that no image keeps it without, which in a nested gate are all, and with those that are kept most often
+    beside it in the unit's other width.
     """
     found, layer = torch.eye(keeps.shape[1], dtype=torch.bool, device=keeps.device), 0
-    group = sum(unit.skippable for unit in table.units)
-    for unit in table.units:
-        for width in map(len, unit.sizes):
-            groups = slice(group, group + width)
+    for unit, widths in _columns(table):
+        for groups in widths:
             if unit.skippable:
                 runs = keeps[keeps[:, layer], groups].double()
                 found[layer, groups] = runs.mean(0) >= 0.5  # none if no image runs it
                 found[groups, layer] = True
-            for place in range(group, group + width):
-                found[place, group:place] = keeps[keeps[:, place], group:place].all(0)
-            group += width
+            for place in range(groups.start, groups.stop):
+                found[place, groups.start : place] = keeps[keeps[:, place], groups.start : place].all(0)
+                for other in (other for other in widths if other != groups):
+                    beside = keeps[keeps[:, place], other].sum(0)
+                    found[place, other] = (beside == beside.max()) & (beside > 0)
         layer += unit.skippable
     return found
 
 
 def _of_use(patterns: Tensor, table: CostTable) -> Tensor:
-    """Patterns [P, layers and groups] in which no unit runs without channels."""
+    """Patterns [P, layers and groups] in which no unit runs without channels, in any of its hidden widths."""
     found, layer = patterns.clone(), 0
-    group = sum(unit.skippable for unit in table.units)
-    for unit in table.units:
-        count = sum(map(len, unit.sizes))
+    for unit, widths in _columns(table):
         if unit.skippable:
-            if count:
-                found[:, layer] &= found[:, group : group + count].any(1)
+            for groups in widths:
+                found[:, layer] &= found[:, groups].any(1)
+            for groups in widths:
+                found[:, groups] &= found[:, layer, None]
             layer += 1
-        group += count
     return found
+
+
+def _columns(table: CostTable) -> Iterator[tuple[UnitCost, list[slice]]]:
+    """Each unit with the columns, in a pattern of layers and groups, of the groups of each of its hidden widths."""
+    start = sum(unit.skippable for unit in table.units)
+    for unit in table.units:
+        ends = [start + end for end in accumulate(map(len, unit.sizes))]
+        yield unit, [slice(first, end) for first, end in zip([start, *ends], ends, strict=False)]
+        start = ends[-1] if ends else start
 
 
 def latency(models: dict[str, Callable[[Tensor], Any]], x: Tensor, rounds: int = 30) -> dict[str, float]:
