@@ -17,7 +17,7 @@ ORDER = [
     *("version", "configs", "safety", "shipped", "modes"),
     *("losses", "gates", "channel_gates", "exits", "cifar", "opaque", "families", "certainty", "units", "costs"),
     *("counting", "forcing", "walk", "leaving", "forward", "roots", "surgery", "measure", "budgets", "calibration"),
-    *("spreading", "settling"),
+    *("spreading", "settling", "idle"),
     *("tasks", "reinforcement", "hindsight"),
     *("inference", "onnx_graph", "onnx_ops", "onnx_parts", "onnx_masked", "onnx_channels", "onnx_branches", "onnx"),
     *(
