@@ -207,6 +207,14 @@ def test_what_ships_is_sound() -> None:
     assert faults(shipped.FOLDER, ROOT / "hub_cards") == []
 
 
+def test_the_most_accurate_of_each_name_is_what_it_gives() -> None:
+    for name, tags in shipped.shipped().items():
+        metrics = {tag: (shipped.config_of(f"{name}.{tag}") or {})["metrics"] for tag in tags}
+        accuracies = [metrics[tag].get("dynamic", metrics[tag])["accuracy"] for tag in tags]
+        assert accuracies == sorted(accuracies, reverse=True)
+        assert timm.get_pretrained_cfg(name).tag == next(iter(tags))
+
+
 def test_what_ships_loads_offline() -> None:
     """Without a network (see conftest.py), by its name alone."""
     names = shipped.names()
@@ -512,18 +520,21 @@ def test_a_name_without_a_tag_has_its_own_trained_weights(shop: Shop) -> None:
 
 def test_the_most_accurate_is_what_a_name_without_a_tag_gives(shop: Shop, tmp_path: Path) -> None:
     accuracies = {"a": 0.5, "b": 0.75, "c": 0.75, "d": None, "e": 0.625}
-    for tag, accuracy in accuracies.items():
-        folder = tmp_path / f"{BASE}.{tag}"
-        shutil.copytree(shop.weights / PLAIN, folder)
-        config = shop.config(PLAIN)
-        config["metrics"] = {**config["metrics"], "accuracy": accuracy}
-        (folder / "config.json").write_text(json.dumps(config))
+    for full in (PLAIN, DDI):
+        for tag, accuracy in accuracies.items():
+            folder = tmp_path / f"{full.partition('.')[0]}.{tag}"
+            shutil.copytree(shop.weights / full, folder)
+            config = shop.config(full)
+            metrics = config["metrics"]
+            metrics.get("dynamic", metrics)["accuracy"] = accuracy
+            (folder / "config.json").write_text(json.dumps(config))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shipped, "FOLDER", tmp_path)
             register()
-            assert list(shipped.shipped()[BASE]) == ["b", "c", "e", "a", "d"]
-            assert timm.get_pretrained_cfg(BASE).tag == timm.get_pretrained_cfg(f"skipnet_{BASE}").tag == "b"
+            assert {tuple(tags) for tags in shipped.shipped().values()} == {("b", "c", "e", "a", "d")}
+            names = (BASE, f"skipnet_{BASE}", f"ddi_{BASE}")
+            assert {timm.get_pretrained_cfg(name).tag for name in names} == {"b"}
     finally:
         register()
 

@@ -62,9 +62,9 @@ def config_of(full: str) -> dict[str, Any] | None:
 
 
 def _accuracy(folder: Path) -> float:
-    """The accuracy on the card of a shipped model; 0 if it has none."""
+    """The accuracy on the card of a shipped model, a dynamic one's without a budget; 0 if it has none."""
     metrics = (config_of(folder.name) or {}).get("metrics") or {}
-    return float(metrics.get("accuracy") or 0.0)
+    return float(metrics.get("dynamic", metrics).get("accuracy") or 0.0)
 
 
 def _pretrained_cfg(folder: Path) -> PretrainedCfg:
