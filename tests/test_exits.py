@@ -210,3 +210,21 @@ def test_a_hidden_convolution_before_the_classifier() -> None:
     rows = td.cost_table(model, (3, 40, 40)).exits[1].head - td.cost_table(plain, (3, 40, 40)).exits[1].head
     channels, area = pointwise.in_channels, 2 * 2
     assert rows == area * channels * (9 + 12) + CLASSES * (12 - channels)
+
+
+@pytest.mark.parametrize(("name", "after"), [("resnet20_cifar", "layer2.1"), ("densenet40_cifar", 1)])
+def test_how_many_images_must_leave_for_an_exit_to_pay(name: str, after: str | int) -> None:
+    """So many that the mean cost is that of the network without the exit."""
+    x, size = torch.randn(4, 3, 32, 32), (3, 32, 32)
+    stock = timm.create_model(name, num_classes=10)
+    without = td.cost_table(stock, size).dense
+    model: Any = td.add_exits(stock, td.ExitConfig((after,), hidden=32)).eval()
+    (share,) = td.cost_table(model, size).break_even()
+    leaving, staying = (
+        td.decide(model, x).macs.double().mean().item()
+        for _ in (model.exits.set_confidence([confidence]) for confidence in (0.0, 1.0))
+    )
+    assert leaving < without < staying
+    assert share * leaving + (1 - share) * staying == pytest.approx(without)
+    assert 0 < share < 0.5
+    assert td.cost_table(td.strip(model), size).break_even() == ()

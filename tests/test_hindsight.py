@@ -13,7 +13,7 @@ from torch import nn
 import timm_dynamic as td
 from timm_dynamic.budgets import set_price
 from timm_dynamic.evaluation import costs_of
-from timm_dynamic.hindsight import HindsightTask, without_last
+from timm_dynamic.hindsight import HindsightTask, without
 
 POLICY, SHORT = "01101110", "01101000"  # of resnet20's eight gated units
 SIZE = (3, 16, 16)
@@ -45,15 +45,32 @@ def under(model: Any, policy: str, x: torch.Tensor) -> torch.Tensor:
         return model(x)
 
 
-@pytest.mark.parametrize(("count", "left"), [(1, "01101100"), (2, SHORT), (5, "00000000")])
-def test_the_cheaper_policy_leaves_the_last_units_out(count: int, left: str) -> None:
-    assert without_last(POLICY, count) == left
+@pytest.mark.parametrize(("free", "left"), [(1, "01101100"), (2, SHORT), (5, "00000000"), ((4, 1), "00100110")])
+def test_the_cheaper_policy_leaves_the_free_units_out(free: int | tuple[int, ...], left: str) -> None:
+    assert without(POLICY, free) == left
 
 
-@pytest.mark.parametrize("count", [0, -1, 6])
-def test_so_many_units_cannot_be_left_out(count: int) -> None:
+@pytest.mark.parametrize(("free", "count"), [(0, 0), (-1, -1), (6, 6), ((), 0)])
+def test_so_many_units_cannot_be_left_out(free: int | tuple[int, ...], count: int) -> None:
     with pytest.raises(ValueError, match=f"from 1 to 5 units of the policy {POLICY} .* found {count}"):
-        without_last(POLICY, count)
+        without(POLICY, free)
+
+
+def test_units_that_do_not_run_cannot_be_left_out() -> None:
+    with pytest.raises(ValueError, match=r"runs, at \[1, 2, 4, 5, 6\], can be left to the gates; found .* \[0, 8\]"):
+        without(POLICY, (8, 1, 0))
+
+
+def test_units_in_the_middle_can_be_left_to_the_gates() -> None:
+    """What is compared is the network with and without them, whatever comes after."""
+    model, (x, y) = network(), batch()
+    task = task_of(model, free=(2, 4), alpha=0.0)
+    cheap, dear = task._both(x)
+    task._hindsight(dear, task._worth(cheap, dear, y)).backward()
+    assert model.layer_gates.fc.weight.grad.abs().sum() > 0
+    assert torch.allclose(cheap.logits, under(model, "01000110", x), atol=1e-5)
+    assert torch.allclose(dear.logits, under(model, POLICY, x), atol=1e-5)
+    assert task.shares(SIZE)[0] < task.shares(SIZE)[1]
 
 
 def test_what_it_cannot_be_made_for() -> None:

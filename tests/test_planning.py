@@ -1,6 +1,7 @@
 """Training that starts from a network of one policy: `--start`."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,25 @@ def test_hindsight_in_a_narrow_network(recipe: Any, narrow: Path, tmp_path: Path
         start_policy(settings(tmp_path, start=run))
 
 
+def test_a_static_network_keeps_the_channels_of_its_policy(
+    narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nested ones, which are other groups than those of independent channel gates."""
+    run, policy = tmp_path / "run", json.loads((narrow / "settings.json").read_text())["policy"]
+    static = ("--method", "static", "--start", narrow, "--policy", policy, "--output", run, *FEW)
+    for mode, message in ((None, "channel_gates need"), ("none", "mode")):
+        assert call(skipnet, *static, *(("--channel-mode", mode) if mode else ())) == 1
+        assert message in capsys.readouterr().err
+        assert not run.exists()
+    assert call(skipnet, *static, "--channel-mode", "nested") == 0
+    model: Any = timm.create_model(f"local-dir:{run}", pretrained=True)
+    keeps = td.decide(model, torch.randn(2, 3, 16, 16)).channel_keep
+    found = ["".join(str(int(digit)) for digit in row) for keep in keeps for row in keep]
+    assert "".join(found[::2]) == "".join(found[1::2])
+    wanted = kept_by(policy, model.channel_gates)
+    assert {n: k for n, k in zip(model.channel_gates.gated, found[::2], strict=True) if n in wanted} == wanted
+
+
 def test_channels_that_are_not_settled_leave_nothing_to_hindsight(
     narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +296,18 @@ def test_two_free_units_are_trained_by_sp_and_hrl(start: Path, tmp_path: Path) -
 
     assert turned(skipped) < 1e-6 < 1e-5 < turned(opened), "what is shut is not trained"
     assert "adaptive_gain" in json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(("recipe", "method"), [(skipnet, "sp"), (skipnet, "hindsight"), (iadi, "")])
+def test_units_are_left_to_the_gates_by_their_names(recipe: Any, method: str, start: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    how = ("--method", method) if method else ("--hindsight", "--channel-mode", "nested")
+    options = ("--start", start, "--free", "layer2.1, layer1.2", "--shut", 0.0, "--open", 1.0, *how)
+    assert call(recipe, *options, "--target", 0.5, "--output", run, *FEW) == 0
+    gates = timm.create_model(f"local-dir:{run}", pretrained=True).layer_gates
+    free = {gates.gated.index(name) for name in ("layer1.2", "layer2.1")}
+    assert set(range(len(POLICY))) - free <= set(gates.settled)
+    assert call(recipe, *options, "--target", 0.5, "--output", run, *FEW, "--resume") == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--hindsight",)])
@@ -439,6 +471,14 @@ def test_what_free_units_need_is_one_line(start: Path, tmp_path: Path, capsys: p
         (("--start", start, "--method", "static", "--policy", POLICY), "give --start, and a method that trains them"),
         (("--start", start), "--free needs --open"),
         (("--start", start, "--open", 1.0, "--free", 5), "from 1 to 4 units of the policy 01011010"),
+        (
+            ("--start", start, "--open", 1.0, "--free", "layer9.1"),
+            "names among layer1.2, layer2.1, layer2.2, layer3.1; found",
+        ),
+        (
+            ("--start", start, "--open", 1.0, "--free", "layer1.2,layer1.1"),
+            "a number, or names among layer1.2, layer2.1",
+        ),
     ):
         assert call(skipnet, *few, *options) == 1
         assert message in capsys.readouterr().err
@@ -459,6 +499,7 @@ def test_a_target_in_another_unit_is_not_judged_by_macs(start: Path, tmp_path: P
 def test_exits_stand_where_they_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert call(ddi, "--exits-after", "1, 2,layer3.1", "--output", run, *FEW) == 0
+    assert "images that come to it" not in capsys.readouterr().out
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
     assert model.exits.after == (2, 5, 7)
     assert len(json.loads((run / "summary.json").read_text())["exits"]) == 4
@@ -466,6 +507,14 @@ def test_exits_stand_where_they_are_asked_for(tmp_path: Path, capsys: pytest.Cap
         assert call(ddi, "--exits-after", wrong, "--output", tmp_path / "wrong", *FEW) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "wrong").exists()
+
+
+def test_an_exit_that_saves_next_to_nothing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dear = ("--exits-after", "1,layer3.1", "--exit-hidden", 1024)
+    assert call(ddi, *dear, "--output", tmp_path / "run", *FEW) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "images that come to it" in line]
+    assert len(said) == 1
+    assert re.match(r"the exit after layer3.1 costs \d+\.\d% of the dense network .* more than \d\d% of the", said[0])
 
 
 def test_exits_alone_keep_the_head(start: Path, tmp_path: Path) -> None:

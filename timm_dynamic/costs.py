@@ -359,6 +359,15 @@ class CostTable:
         reached = self.exits[exit_index - 1] if exit_index else None
         return self.exits[exit_index].dearest - (reached.dearest - reached.head if reached else 0)
 
+    def break_even(self) -> tuple[float, ...]:
+        """For each exit but the head: what share of the images that come to it must leave there for it to save cost.
+
+        What its classifier costs, by what is left of the dearest way to the head. Later exits and skipped units leave
+        less to save, and ask for more. Above 1: it cannot save anything.
+        """
+        way = self.exits[-1].dearest
+        return tuple(float(stop.head / (way - (stop.dearest - stop.head))) for stop in self.exits[:-1])
+
 
 def assembled(table: CostTable, heads: Sequence[Any]) -> CostTable:
     """The table with its sums made anew from its parts. heads: cost of each classifier, the head last."""

@@ -21,23 +21,30 @@ MOST_WEIGHT = 2.0  # nats; no image counts for more
 LEAST = 1 / 8  # of the images of a DenseNet run either policy at random to the end
 
 
-def without_last(layers: str, count: int) -> str:
-    """A policy that shuts the last ``count`` units which run in another: 01101, 2 -> 01000.
+def without(layers: str, free: int | Sequence[int]) -> str:
+    """A policy that shuts units which run in another: the last few, or those at some places.
+
+    01101, 2 -> 01000; 01101, (1, 4) -> 00100.
 
     Raises:
-        ValueError: if fewer units run, or count is below 1.
+        ValueError: if fewer units run, or none of them is named; if the unit at a place does not run.
     """
     runs = [place for place, digit in enumerate(layers) if digit == "1"]
+    count = free if isinstance(free, int) else len(free)
     if not 1 <= count <= len(runs):
         raise ValueError(f"from 1 to {len(runs)} units of the policy {layers} can be left to the gates; found {count}")
-    left = set(runs[-count:])
+    left = set(runs[-free:] if isinstance(free, int) else free)
+    if idle := sorted(left - set(runs)):
+        raise ValueError(
+            f"only units that the policy {layers} runs, at {runs}, can be left to the gates; found those at {idle}"
+        )
     return "".join("0" if place in left else digit for place, digit in enumerate(layers))
 
 
 class HindsightTask(DynamicTask):
     """Each image runs one of two policies, and its gates learn which it should have been.
 
-    The dearer policy is one that a network was trained under; the cheaper leaves out the last few of its units. What
+    The dearer policy is one that a network was trained under; the cheaper leaves out some of its units. What
     decides is whether these are worth their cost for the image: the gate of the first of them sees what the classifier
     would be given without them. For every batch both policies are run in the network as it is, without a gradient for
     it, and the gates learn by cross entropy to say the one with the smaller ``loss + alpha * cost``. What either brings
@@ -60,7 +67,7 @@ class HindsightTask(DynamicTask):
         dense_cost: of the stock model for one image, in the unit of `Decisions.cost`.
         steps: batches that this task will see.
         layers: the dearer policy, 1 (run) or 0 for each layer gate.
-        free: how many of its last units are left to the gates.
+        free: how many of its last units are left to the gates, or which: their places among the layer gates.
         mixing: share of the steps in which that share of the images falls.
         floor: what it falls to; None: 0 in residual networks, 1/8 in DenseNets.
         stiffness: direct push back on the distance from the target, for which gates that learn slowly leave less room.
@@ -80,7 +87,7 @@ class HindsightTask(DynamicTask):
         steps: int,
         *,
         layers: str,
-        free: int,
+        free: int | Sequence[int],
         mixing: float = 0.5,
         floor: float | None = None,
         stiffness: float = 0.5,
@@ -92,7 +99,7 @@ class HindsightTask(DynamicTask):
             raise ValueError("hindsight compares policies of layers: the model needs layer gates, and no exits yet")
         if len(layers) != gates or set(layers) - {"0", "1"}:
             raise ValueError(f"a policy has a zero or a one for each of {gates} layer gates; found {layers!r}")
-        both = [[digit == "1" for digit in policy] for policy in (without_last(layers, free), layers)]
+        both = [[digit == "1" for digit in policy] for policy in (without(layers, free), layers)]
         self.mixing = mixing
         grows = any(unit.kind.grows for unit in families.units(model))
         self.floor = floor if floor is not None else LEAST if grows else 0.0

@@ -77,7 +77,8 @@ def add_exits(model: Any, config: ExitConfig | dict[str, Any] | None = None) -> 
         config: an `ExitConfig`; None for one exit after every stage but the last.
 
     Returns:
-        The same model. In training it then gives a tuple of logits, the head's last.
+        The same model. In training it then gives a tuple of logits, the head's last. Whether an exit can save anything
+        where it stands is what `CostTable.break_even` tells.
 
     Raises:
         ValueError: if the model has no units, has exits already, a classifier that is no linear layer, or a place does

@@ -147,7 +147,7 @@ FLAGS = {
     "method": _flag(
         Literal["sp", "soft", "sp+hrl", "hrl", "rl", "hindsight", "sdv", "static"],
         "sp: supervised, hard gates; soft: supervised, soft gates; sp+hrl: then hybrid reinforcement learning; "
-        "hrl: that from scratch; rl: without supervision; hindsight: gates learn which images need the last units of "
+        "hrl: that from scratch; rl: without supervision; hindsight: gates learn which images need the free units of "
         "--start's policy; sdv: units dropped at random; static: one --policy for all.",
     ),
     "beta": _flag(float, "Weight of the loss in what gates are paid."),
@@ -162,13 +162,14 @@ FLAGS = {
     ),
     "plain": _flag(bool, "The paper's plain form: no baseline, moving batch norms, no added terms, gates as fast."),
     "hindsight": _flag(
-        bool, "Layer gates of the stage iadi learn by hindsight which images need the last units of --start's policy."
+        bool, "Layer gates of the stage iadi learn by hindsight which images need the free units of --start's policy."
     ),
     "keep": _flag(float, "Share of the units that sdv runs."),
     "policy": _flag(str | None, "For static: 1 or 0 for each gated unit, as in 11010110."),
     "free": _flag(
-        int | None,
-        "With --start: how many of its policy's last units are left to the gates; hindsight leaves 3 unless told. "
+        str | None,
+        "With --start: how many of its policy's last units are left to the gates, or which, by their names, as in "
+        "layer2.3,layer3.1; hindsight leaves the last 3 unless told. "
         "Other methods leave all, and need --open, which opens the others from the first step on.",
     ),
     "gain": _flag(bool, "Afterwards train the best static policy for as long, and report the adaptive gain."),
@@ -186,7 +187,7 @@ GATES = (
 CHANNELS = ("group_size", "channel_mode", "settle", "hindsight")
 EXITS = ("exits_after", "exit_hidden", "exits_alone", "exit_weighting", "distill_exits", "exit_gradient", "calibrate")
 REINFORCEMENT = ("method", "beta", "unit_cost", "baseline", "entropy", "temperature", "explore", "plain")
-POLICIES = ("keep", "policy")
+POLICIES = ("keep", "policy", "group_size", "channel_mode")  # the last two: of a policy with channels
 
 
 def takes(*groups: tuple[str, ...], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -104,7 +104,7 @@ class Settings:
     plain: bool = False
     keep: float = 0.6
     policy: str | None = None
-    free: int | None = None
+    free: int | str | None = None
     gain: bool = False
 
     @property
@@ -121,8 +121,13 @@ class Settings:
         return self.model
 
     @property
-    def left_free(self) -> int | None:
-        """How many of the last units of --start's policy are left to the gates; None for all gates of the network."""
+    def left_free(self) -> int | tuple[str, ...] | None:
+        """Which units of --start's policy are left to the gates; None for all gates of the network.
+
+        So many of the last, or those of these names.
+        """
+        if isinstance(self.free, str):
+            return tuple(name.strip() for name in self.free.split(","))
         return FREE if self.free is None and self.method == "hindsight" else self.free
 
     def fixed(self) -> dict[str, Any]:
@@ -149,6 +154,7 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
     for name in ("teacher", "exit_hidden", "exits_alone"):
         values[name] = values.get(name) or None  # runs from before it have None of it
     found = Settings(recipe=recipe, **values)
+    found = dataclasses.replace(found, free=_number_or_names(found.free))
     if found.alpha is None and found.target is None:
         found = dataclasses.replace(found, target=target)
     if found.start is not None:
@@ -157,6 +163,14 @@ def settings(recipe: str, values: dict[str, Any], prefix: str = "", target: floa
         found = dataclasses.replace(found, precision="bf16" if fast_bf16() else "fp32")
     _check(found, prefix)
     return found
+
+
+def _number_or_names(free: int | str | None) -> int | str | None:
+    """What --free is given: a number of units, or names."""
+    try:
+        return None if free is None else int(free)
+    except ValueError:
+        return free
 
 
 def is_name(start: Path) -> bool:
@@ -240,7 +254,7 @@ def _check_method(found: Settings) -> None:
         raise RunError("hindsight starts from a finished run of --method static: give --start")
     if found.free is not None and (found.start is None or found.method == "static"):
         raise RunError(
-            "--free leaves the last units of --start's policy to the gates: give --start, and a method that trains them"
+            "--free leaves some units of --start's policy to the gates: give --start, and a method that trains them"
         )
     if found.free is not None and found.method != "hindsight" and found.open is None:
         raise RunError("--free needs --open: the units that it does not leave to the gates are opened")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from stages import (
     steering,
 )
 from timm_dynamic.evaluation import costs_of
-from timm_dynamic.hindsight import HindsightTask, without_last
+from timm_dynamic.hindsight import HindsightTask, without
 from timm_dynamic.hub import HubError, hub_errors
 from timm_dynamic.tasks import FollowTask
 
@@ -64,7 +64,7 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
     """The stages of a run that starts from a network of one policy: its gates follow that before they leave it."""
     layers, channels = start_policy(settings)  # fails where there is none
     if settings.left_free is not None:
-        _check_free(layers, "" if settings.settle is not None else channels, settings.left_free)
+        _check_free(layers, "" if settings.settle is not None else channels, settings)
     for place, stage in enumerate(stages):
         if stage.surgery in STARTS:
             follow = replace(FOLLOW, surgery=STARTS[stage.surgery])
@@ -182,7 +182,7 @@ def _settle_by_policy(model: Any, settings: Settings) -> None:
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
     if opens_first(settings):
-        stay = without_last(layers, settings.left_free or 0)
+        stay = without(layers, _places(names, layers, settings))
         td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
     groups = _groups(model) if settings.settle is not None and hasattr(model, "channel_gates") else []
     if groups and len(channels) == sum(count for _, count in groups):  # one that does not fit is refused by `follow`
@@ -224,24 +224,40 @@ def follow_task(model: nn.Module, outlook: Outlook) -> nn.Module:
 FOLLOW = Stage("follow", follow_task, trains="gates", epochs=2, lr=0.1, clip=1.0)
 
 
-def _check_free(layers: str, channels: str, free: int) -> None:
-    """Whether the gates can be left so many of the last units of the policy; channels: those that are not settled."""
+def _places(names: Sequence[str], layers: str, settings: Settings) -> int | tuple[int, ...]:
+    """What --free leaves to the gates: so many of the last units, or the places of those that it names."""
+    free = settings.left_free or 0
+    if isinstance(free, int):
+        return free
+    runs = [name for name, digit in zip(names, layers, strict=False) if digit == "1"]
+    if unknown := [name for name in free if name not in runs]:
+        raise RunError(f"--free needs a number, or names among {', '.join(runs)}; found {unknown[0]!r}")
+    return tuple(names.index(name) for name in free)
+
+
+def _check_free(layers: str, channels: str, settings: Settings) -> None:
+    """Whether the gates can be left so many of the last units of the policy; channels: those that are not settled.
+
+    Names are looked for in the network, later.
+    """
     if channels:
         raise RunError(
             "hindsight and --free start from a policy of layers, or one whose channels are settled (iadi.py or ddi.py "
             f"with --settle); found {layers}:{channels}"
         )
+    free = settings.left_free or 0
     try:
-        without_last(layers, free)
+        without(layers, free if isinstance(free, int) else len(free))
     except ValueError as error:
-        raise RunError(f"--free {free}: {error}") from error
+        raise RunError(f"--free {settings.free or free}: {error}") from error
 
 
 def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
-    """Gates learn when the last units of the policy that training started from are worth their cost."""
+    """Gates learn when the free units of the policy that training started from are worth their cost."""
     settings, more = outlook.settings, steering(outlook)
     layers, _ = start_policy(settings)
-    free = settings.left_free or 0
+    gated: Any = getattr(model, "layer_gates", None)
+    free = _places(() if gated is None else gated.gated, layers, settings)
     try:
         task = HindsightTask(model, outlook.dense_cost, outlook.batches, layers=layers, free=free, **more)
     except ValueError as error:
@@ -250,6 +266,6 @@ def hindsight_task(model: nn.Module, outlook: Outlook) -> nn.Module:
     if task.target is not None and not cheap < task.target < dear and not settings.max_steps:  # a dry run goes on
         raise RunError(
             f"--target must lie between {cheap:.3f} and {dear:.3f}, the least and the largest share of the dense cost "
-            f"with {free} units left to the gates; found {task.target}"
+            f"with {len(task.free)} units left to the gates; found {task.target}"
         )
     return task

@@ -27,10 +27,12 @@ from options import Settings
 from planning import STARTS
 from processes import Sums, peak_memory, seed_everything, track
 from run_folder import BASE, Progress, RunError, RunFolder, load_weights, read_progress, read_training
-from stages import LEARNING, Outlook, Stage
+from stages import LEARNING, Outlook, Stage, add_exits
 from timm_dynamic import set_execution
+from timm_dynamic.evaluation import costs_of
 from timm_dynamic.spreading import spread_gates
 
+SELDOM = 0.5  # share of the images that come to an exit which it may need to pay
 SPREAD_IMAGES, SMALL = 256, 64  # images of up to so many pixels a side; a quarter of that many larger ones
 
 
@@ -92,12 +94,25 @@ class Trainer:
                 stage.surgery(self.model, self.settings)
                 self._placed(self.model)
                 set_execution(self.model, "masked")
+                if stage.surgery is add_exits:
+                    self._judge_exits()
                 if stage.surgery in (*LEARNING, *STARTS.values()) and (index > first or checkpoint is None):
                     self._spread_gates()
             if index < first:
                 continue
             self._run_stage(index, stage, checkpoint if index == first else None)
         self._measure_dense()
+
+    def _judge_exits(self) -> None:
+        """Say which exits stand where little is left to save."""
+        table = costs_of(self.model, self.data.input_size)
+        for stop, share in zip(table.exits, table.break_even(), strict=False):
+            if share > SELDOM:
+                self.accelerator.print(
+                    f"the exit after {stop.name} costs {stop.head / table.dense:.1%} of the dense network and saves "
+                    f"something only if more than {share:.0%} of the images that come to it leave there: an earlier "
+                    "place, or none, may serve better (--exits-after)"
+                )
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return model.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
