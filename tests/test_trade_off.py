@@ -87,6 +87,17 @@ def test_what_a_run_was_told_is_shown(network: Network) -> None:
     assert "over alpha" not in cost_section("0", points[:2], None, "").html()
 
 
+def test_no_two_networks_look_the_same(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
+    """Fifteen beside the report's own are more than there are colours."""
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("timm_dynamic.sections_cost._draw_network", lambda *given: drawn.append(given))
+    points = [own_point(replace(network, name=str(k))) for k in range(16)]
+    cost_section("3", points, None, "")
+    for mark in (1, 2):
+        looks = {(look[0], look[mark]) for *_, look in drawn}
+        assert len(looks) == len(drawn) == 16
+
+
 def test_budgets_are_kept(network: Network) -> None:
     found = budget_points(network, images(24), *PLAIN)
     stops = network.observed.table.exits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from typing import Any
@@ -92,9 +92,10 @@ def cost_section(name: str, points: Sequence[Point], dense: tuple[float, float] 
         missing: what to say of calibration if there was none.
     """
     figure, axes = chart(4.4)
-    colours = cycle(OTHERS)
+    others = _looks()
     for other in dict.fromkeys(point.network for point in points):
-        _draw_network(axes, other, [point for point in points if point.network == other], name, colours)
+        look = (BLUE, "o", "P") if other == name else next(others)
+        _draw_network(axes, other, [point for point in points if point.network == other], name, look)
     runs = sorted((p for p in points if p.alpha is not None), key=lambda p: (p.alpha, p.macs))
     if len(runs) > 1:
         axes.plot([p.macs / 1e6 for p in runs], [100 * p.accuracy for p in runs], "--", color=GREY, label="over alpha")
@@ -115,9 +116,16 @@ def cost_section(name: str, points: Sequence[Point], dense: tuple[float, float] 
     return Section("cost", "Accuracy over cost", parts, numbers)
 
 
-def _draw_network(axes: Any, name: str, own: Sequence[Point], main: str, colours: Any) -> None:
-    """The points of one network."""
-    colour = BLUE if name == main else next(colours)
+def _looks() -> Iterator[tuple[str, str, str]]:
+    """Colours, each with the marks of a dynamic and of a static network; other marks when the colours are used up."""
+    for dynamic, static in cycle((("o", "P"), ("*", "X"))):
+        for colour in OTHERS:
+            yield colour, dynamic, static
+
+
+def _draw_network(axes: Any, name: str, own: Sequence[Point], main: str, look: tuple[str, str, str]) -> None:
+    """The points of one network, in its colour; the last two of its look are the marks without a budget."""
+    colour, dynamic, static = look
     for kind, (mark, usual) in MARKS.items():
         found = sorted((point for point in own if point.kind == kind), key=lambda point: point.macs)
         if found:
@@ -127,7 +135,7 @@ def _draw_network(axes: Any, name: str, own: Sequence[Point], main: str, colours
             axes.plot(xs, ys, mark + ":", color=shown, ms=5, label=label if name == main else f"{name}, {label}")
     for point in own:
         if point.kind in ("dynamic", "static"):
-            mark = "o" if point.kind == "dynamic" else "P"
+            mark = dynamic if point.kind == "dynamic" else static
             axes.plot([point.macs / 1e6], [100 * point.accuracy], mark, color=colour, ms=8, label=name)
 
 
