@@ -215,9 +215,14 @@ def test_they_are_saved_and_shown(tmp_path: Path) -> None:
     assert found.channel_gates.config == model.channel_gates.config
     assert found.channel_gates.settled == {0: ((False,) * 4,), 6: ((True, True, False, False),)}
     assert_same_decisions(decide(found.eval(), images(2, 32)), decide(model.eval(), images(2, 32)))
-    td.settle_channels(model, dict.fromkeys(gated(model), "1111"))
+    known = dict.fromkeys(gated(model), "1111")
+    td.settle_channels(model, known)
     td.save_pretrained(model, tmp_path)
     assert "channel gates, nested, not asked any more: all are settled" in (tmp_path / "README.md").read_text()
+    for shut, chosen in (((), True), (("layer2.1",), False)):  # of a unit that no image runs no gate is asked
+        td.settle_channels(model, {name: digits for name, digits in known.items() if name != "layer2.1"})
+        td.save_pretrained(td.shut_units(model, shut), tmp_path)
+        assert ("each image decides which hidden channels" in (tmp_path / "README.md").read_text()) == chosen
 
 
 def test_a_network_that_is_cut_forgets_them() -> None:

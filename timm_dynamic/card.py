@@ -1,6 +1,6 @@
 """The model card of a saved model: what the Hub shows, and what it can search by."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -303,9 +303,9 @@ def _layer_gates(gates: Any) -> Iterator[str]:
             yield f"units {who}: " + ", ".join(f"`{name}`" for name in names)
 
 
-def _channel_gates(gates: Any) -> Iterator[str]:
-    """What there is to say of a network's channel gates."""
-    free = len(gates.settled) < len(gates)
+def _channel_gates(gates: Any, shut: Collection[str]) -> Iterator[str]:
+    """What there is to say of a network's channel gates; shut: units that no image runs."""
+    free = set(gates.gated) - set(gates.config.channels_of()) - set(shut)
     does = (
         ": each image decides which hidden channels are computed" if free else ", not asked any more: all are settled"
     )
@@ -323,7 +323,7 @@ def _described(model: Any, base: str) -> dict[str, Any]:
     budget = model.dynamic.budget if dynamic else None
     parts = [] if layer is None else list(_layer_gates(layer))
     if channel is not None:
-        parts += _channel_gates(channel)
+        parts += _channel_gates(channel, () if layer is None else layer.config.shut)
     if exits is not None:
         parts.append(f"early exits ({len(exits)}): images may leave before the head, by budget or confidence")
     if budget is not None:
