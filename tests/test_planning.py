@@ -519,13 +519,17 @@ def test_an_exit_that_saves_next_to_nothing_is_named(tmp_path: Path, capsys: pyt
 
 def test_exits_alone_keep_the_head(start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    free = ("--free", "1", "--shut", "0", "--open", "0.5", "--channel-mode", "none", "--spread", "0")
+    free = ("--free", "0", "--shut", "0", "--open", "0.5", "--channel-mode", "none", "--spread", "0")
     exits = ("--exits-alone", "--exits-after", "layer2,layer3.0", "--exit-hidden", "8", "--distill-exits", "0.5")
-    stages = ("--stage", "iadi.epochs=0", "--stage", "follow.epochs=0.1", "--alpha", "0", "--gain")
+    stages = ("--stage", "iadi.epochs=0", "--alpha", "0", "--gain")
     assert call(ddi, "--start", start, *free, *exits, *stages, "--output", run, *FEW) == 0
     model: Any = timm.create_model(f"local-dir:{run}", pretrained=True)
     assert [head.fc.in_features for head in model.exits.heads] == [8, 8]
     assert model.exits.config.hidden == 8
+    gates = model.layer_gates
+    assert gates.settled == {place: digit == "1" for place, digit in enumerate(POLICY)}, "nothing is left to gates"
+    with open(run / "metrics.jsonl") as rows:
+        assert {row["keep_ratio"] for row in map(json.loads, rows)} == {0.5}, "from the first step on"
     before = td.strip(timm.create_model(f"local-dir:{start}", pretrained=True)).state_dict()
     after = td.strip(model).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())

@@ -169,7 +169,7 @@ FLAGS = {
     "free": _flag(
         str | None,
         "With --start: how many of its policy's last units are left to the gates, or which, by their names, as in "
-        "layer2.3,layer3.1; hindsight leaves the last 3 unless told. "
+        "layer2.3,layer3.1; hindsight leaves the last 3 unless told; 0 for none, where exits alone are trained. "
         "Other methods leave all, and need --open, which opens the others from the first step on.",
     ),
     "gain": _flag(bool, "Afterwards train the best static policy for as long, and report the adaptive gain."),

@@ -67,7 +67,8 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
         _check_free(layers, "" if settings.settle is not None else channels, settings)
     for place, stage in enumerate(stages):
         if stage.surgery in STARTS:
-            follow = replace(FOLLOW, surgery=STARTS[stage.surgery])
+            length = {"iterations": 1} if settings.left_free == 0 else {}  # gates that are not asked learn nothing
+            follow = replace(FOLLOW, surgery=STARTS[stage.surgery], **length)
             trained = () if stage.trains == "gates" else (replace(stage, surgery=None),)  # a warm-up has no place
             return (*stages[:place], follow, *trained, *stages[place + 1 :])
         if stage.surgery is fix_policy:
@@ -182,7 +183,8 @@ def _settle_by_policy(model: Any, settings: Settings) -> None:
     if settings.shut is not None:  # a policy that does not fit is refused by `follow`
         td.shut_units(model, [name for name, digit in zip(names, layers, strict=False) if digit == "0"])
     if opens_first(settings):
-        stay = without(layers, _places(names, layers, settings))
+        places = _places(names, layers, settings)
+        stay = without(layers, places) if places else layers
         td.open_units(model, [name for name, digit in zip(names, stay, strict=False) if digit == "1"])
     groups = _groups(model) if settings.settle is not None and hasattr(model, "channel_gates") else []
     if groups and len(channels) == sum(count for _, count in groups):  # one that does not fit is refused by `follow`
@@ -246,6 +248,8 @@ def _check_free(layers: str, channels: str, settings: Settings) -> None:
             f"with --settle); found {layers}:{channels}"
         )
     free = settings.left_free or 0
+    if free == 0 and settings.method != "hindsight":
+        return
     try:
         without(layers, free if isinstance(free, int) else len(free))
     except ValueError as error:
