@@ -67,8 +67,8 @@ def _from_policy(stages: tuple[Stage, ...], settings: Settings) -> tuple[Stage, 
         _check_free(layers, "" if settings.settle is not None else channels, settings)
     for place, stage in enumerate(stages):
         if stage.surgery in STARTS:
-            length = {"iterations": 1} if settings.left_free == 0 else {}  # gates that are not asked learn nothing
-            follow = replace(FOLLOW, surgery=STARTS[stage.surgery], **length)
+            short = 1 if settings.left_free == 0 else None  # gates that are not asked learn nothing
+            follow = replace(FOLLOW, surgery=STARTS[stage.surgery], iterations=short)
             trained = () if stage.trains == "gates" else (replace(stage, surgery=None),)  # a warm-up has no place
             return (*stages[:place], follow, *trained, *stages[place + 1 :])
         if stage.surgery is fix_policy:
