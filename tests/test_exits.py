@@ -228,3 +228,9 @@ def test_how_many_images_must_leave_for_an_exit_to_pay(name: str, after: str | i
     assert share * leaving + (1 - share) * staying == pytest.approx(without)
     assert 0 < share < 0.5
     assert td.cost_table(td.strip(model), size).break_even() == ()
+
+
+def test_an_exit_with_nothing_behind_it_cannot_pay() -> None:
+    model: Any = timm.create_model("skipnet_resnet20_cifar", num_classes=0)
+    td.add_exits(td.shut_units(model, ["layer3.2"]), td.ExitConfig(("layer3.1",), hidden=8))
+    assert td.cost_table(model, (3, 32, 32)).break_even() == (math.inf,)

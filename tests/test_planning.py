@@ -519,6 +519,7 @@ def test_an_exit_that_saves_next_to_nothing_is_named(tmp_path: Path, capsys: pyt
 
 def test_exits_alone_keep_the_head(start: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    assert call(skipnet, "--start", start, "--method", "hindsight", "--free", 0, "--output", run, *FEW) == 1, "not so"
     free = ("--free", "0", "--shut", "0", "--open", "0.5", "--channel-mode", "none", "--spread", "0")
     exits = ("--exits-alone", "--exits-after", "layer2,layer3.0", "--exit-hidden", "8", "--distill-exits", "0.5")
     stages = ("--stage", "iadi.epochs=0", "--alpha", "0", "--gain")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -363,10 +364,11 @@ class CostTable:
         """For each exit but the head: what share of the images that come to it must leave there for it to save cost.
 
         What its classifier costs, by what is left of the dearest way to the head. Later exits and skipped units leave
-        less to save, and ask for more. Above 1: it cannot save anything.
+        less to save, and ask for more. Above 1, and infinite where nothing is left: it cannot save anything.
         """
-        way = self.exits[-1].dearest
-        return tuple(float(stop.head / (way - (stop.dearest - stop.head))) for stop in self.exits[:-1])
+        left = [self.exits[-1].dearest - (stop.dearest - stop.head) for stop in self.exits[:-1]]
+        pairs = zip(self.exits, left, strict=False)
+        return tuple(float(stop.head / saved) if saved else math.inf for stop, saved in pairs)
 
 
 def assembled(table: CostTable, heads: Sequence[Any]) -> CostTable:
