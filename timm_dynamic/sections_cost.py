@@ -19,8 +19,8 @@ from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
 
 PURPLE, BROWN = "#7a4fb0", "#8a6d3b"
 OTHERS = (
-    *(GREEN, PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00"),
-    *("#b00020", "#7c8ce0", "#c9930a", "#0b5345", "#e891c3"),
+    *(PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00"),
+    *("#b00020", "#7c8ce0", "#c9930a", "#0b5345", "#e891c3", GREEN),  # the last is that of the report's own exits
 )
 LINE, ROW = 76, 0.17  # characters of a legend side by side, and inches of a row
 MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE)}
