@@ -18,9 +18,9 @@ from .report import BLUE, GREEN, GREY, INK, ORANGE, figure_and_axes, millions, p
 from .trade_off import EQUAL, Network, Point, Timed, cheapest_equal
 
 PURPLE, BROWN = "#7a4fb0", "#8a6d3b"
-OTHERS = (
+OTHERS = (  # none of those in which the report's own network is drawn
     *(PURPLE, BROWN, "#c2387e", "#2a9d9d", "#7f7f00"),
-    *("#b00020", "#7c8ce0", "#c9930a", "#0b5345", "#e891c3", GREEN),  # the last is that of the report's own exits
+    *("#b00020", "#7c8ce0", "#c9930a", "#0b5345", "#e891c3"),
 )
 LINE, ROW = 76, 0.17  # characters of a legend side by side, and inches of a row
 MARKS = {"exit": ("s", GREEN), "budget": ("^", ORANGE), "calibrated": ("v", BLUE)}

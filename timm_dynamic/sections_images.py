@@ -134,7 +134,7 @@ def scales_section(scales: Sequence[Scale], word: str | None, choose: bool) -> S
     figure, axes = chart()
     low = min(int(one.more.min()) for one in scales)
     high = max(int(one.more.max()) for one in scales)
-    for one, colour in zip(scales, cycle((ORANGE, GREEN, INK, BLUE, *OTHERS[:-1])), strict=False):
+    for one, colour in zip(scales, cycle((ORANGE, GREEN, INK, BLUE, *OTHERS)), strict=False):
         shares = 100 * torch.bincount(one.more - low, minlength=high - low + 1).double() / len(one.more)
         axes.plot(range(low, high + 1), shares.tolist(), "o-", ms=3, lw=1, color=colour, label=f"scale {one.scale:g}")
     axes.set(xlabel=f"{word} run, less those run at scale 1", ylabel="images (%)", ylim=(0, None))
