@@ -34,6 +34,7 @@ from timm_dynamic.spreading import spread_gates
 from timm_dynamic.tasks import DynamicTask
 from timm_dynamic.walk import Walk
 
+TOLD = ["basic", "bottleneck", "cifar", "dense", "dense_blur", "cifar_dense", "tv_dense"]
 WEIGHT = -2.0  # images that the classifier is certain of skip
 
 
@@ -90,7 +91,7 @@ def heads_run(model: Any) -> Iterator[list[int]]:
 # What gates are told -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck", "cifar"])
+@pytest.mark.parametrize("kind", TOLD)
 @pytest.mark.parametrize("layer", LAYER_KINDS)
 def test_fresh_gates_do_not_heed_it(kind: str, layer: str) -> None:
     with torch.random.fork_rng():
@@ -101,7 +102,7 @@ def test_fresh_gates_do_not_heed_it(kind: str, layer: str) -> None:
     names = [unit.name for unit in families.units(model)[1:]]
     last = families.units(model)[-1].stage
     within = [u.name for u, before in zip(families.units(model)[1:], families.units(model), strict=False)
-              if u.stage == before.stage == last]  # fmt: skip
+              if u.kind.grows or u.stage == before.stage == last]  # fmt: skip
     assert [names[int(place)] for place in model.layer_gates.certain] == within
     added = {f"layer_gates.certain.{names.index(name)}.weight" for name in within}
     assert set(model.state_dict()) - set(plain.state_dict()) == added
@@ -123,15 +124,30 @@ def test_certainty_is_the_scaled_logit_of_the_largest_probability() -> None:
     walk = Walk(model, x)
     walk.to_unit(6)
     probs = torch.softmax(model.forward_head(walk.x), 1).amax(1)
-    found = certainty(model, walk.x)
+    rest = model.layer_gates.rest[6]
+    found = certainty(model, walk.x, rest)
     assert found.shape == (6, 1)
     assert_near(found.flatten(), torch.logit(probs) / torch.logit(torch.tensor(MOST)))
     with torch.no_grad():
         model.fc.weight.mul_(1e4)
-        assert certainty(model, walk.x).flatten().tolist() == pytest.approx([1.0] * 6, abs=1e-4)
+        assert certainty(model, walk.x, rest).flatten().tolist() == pytest.approx([1.0] * 6, abs=1e-4)
         model.fc.weight.zero_()
         model.fc.bias.zero_()
-        assert certainty(model, walk.x).flatten().tolist() == pytest.approx([-0.3181] * 6, abs=1e-3)  # one in ten
+        assert certainty(model, walk.x, rest).flatten().tolist() == pytest.approx([-0.3181] * 6, abs=1e-3)  # one in ten
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_it_is_asked_as_if_all_that_is_to_come_were_skipped(kind: str) -> None:
+    model, x = network(kind), images(8)
+    with td.force(model, layer_keep=1.0):
+        model.get_submodule(families.family(model).classifier).weight.data /= decide(model, x).logits.std()
+    for place in map(int, model.layer_gates.certain):
+        told = shown(model, x, place).flatten()
+        policy = torch.arange(units_of(model))[None] < place
+        with td.force(model, layer_keep=policy):
+            probs = torch.softmax(decide(model, x).logits, 1).amax(1)
+        assert_near(told, torch.logit(probs.clamp(max=MOST)) / torch.logit(torch.tensor(MOST)), 1e-3)
+        assert told.std() > 1e-3
 
 
 @pytest.mark.parametrize("layer", ["rnn", "linear"])
@@ -182,7 +198,7 @@ def test_training_learns_from_it() -> None:
 # Every form of the network does the same -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck", "cifar"])
+@pytest.mark.parametrize("kind", TOLD)
 @pytest.mark.parametrize("layer", LAYER_KINDS)
 def test_executions_agree_and_costs_are_what_is_computed(kind: str, layer: str) -> None:
     model, x = network(kind, layer=layer), images(12)
@@ -206,17 +222,30 @@ def test_the_table_counts_the_classifier() -> None:
         assert row.layer_gate - other.layer_gate == (64 * 10 + 1 if asked else 0)
 
 
+def test_a_dense_layer_pays_for_the_transitions_pooled_first() -> None:
+    """[channels, places] of DenseNet 3-2-2 on 32 x 32: 24 + 3 * 12, 30 + 2 * 12, 27 + 2 * 12; 32, 16, 8 a side."""
+    model, plain = network("cifar_dense", layer="linear"), td.add_layer_gates(stock("cifar_dense"), "linear")
+    rows, others = (td.cost_table(net, (3, 32, 32)) for net in (model, plain))
+    asked = [row.layer_gate - other.layer_gate for row, other in zip(rows.units[1:], others.units[1:], strict=True)]
+    head, second, first = 51 * 10 + 1, 54 * 27 * 8 * 8, 60 * 30 * 16 * 16
+    assert asked == [head + second + first] * 2 + [head + second] * 2 + [head] * 2
+    assert rows.leave == others.leave
+    assert rows.leave[0] == 4 * first
+
+
 @pytest.mark.parametrize("layer", ["rnn", "ff1", "linear"])
 @pytest.mark.parametrize("batch", [False, True])
-def test_exported(layer: str, batch: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["basic", "dense"])
+def test_exported(layer: str, batch: bool, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    model = network("basic", ("layer", "exits"), layer, EXPORTED)
+    model = network(kind, ("layer", "exits"), layer, EXPORTED)
     found = assert_parity(model, tmp_path / "x.onnx", count=12, batch=batch)
     assert 0 < found.layer_keep[:, 6].sum() < 12
 
 
-def test_traced_and_exported_by_torch() -> None:
-    model, x = network("cifar"), images(3, 32)
+@pytest.mark.parametrize("kind", ["cifar", "cifar_dense"])
+def test_traced_and_exported_by_torch(kind: str) -> None:
+    model, x = network(kind), images(3, 32)
     wanted = run(model, x)[0]
     with masked(model):
         program = torch.export.export(model, (x,))
@@ -295,11 +324,10 @@ def test_spreading_leaves_it_for_training() -> None:
 # Wrong use -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dense", "cifar_dense", "tv_dense", "tv_basic"])
-def test_where_the_classifier_can_be_asked_nowhere(kind: str) -> None:
-    model = stock(kind)  # tv_basic: its last stage has one unit alone
+def test_where_the_classifier_can_be_asked_nowhere() -> None:
+    model = stock("tv_basic")  # its last stage has one unit alone
     before = state_of(model)
-    with pytest.raises(ValueError, match="certainty is for residual units within the last stage"):
+    with pytest.raises(ValueError, match="certainty is for dense layers, and for residual units within the last stage"):
         td.add_layer_gates(model, td.LayerGateConfig(certainty=True))
     assert_same_state(state_of(model), before)
 

@@ -335,9 +335,13 @@ def test_the_certainty_of_the_classifier_is_told(
     gates = timm.create_model(f"local-dir:{run}", pretrained=True).layer_gates
     assert gates.config.certainty
     assert all(weight.item() != 0 for weight in gates.certain.parameters())
-    assert call(iadi, "--model", "iadi_densenet40_cifar", "--certainty", "--output", tmp_path / "dense", *FEW) == 1
-    assert "--model iadi_densenet40_cifar: certainty is for residual units" in capsys.readouterr().err
-    assert not (tmp_path / "dense").exists(), "said before anything is trained"
+    wanted = ("--model", "iadi_resnet18", "--certainty", "--output", tmp_path / "other", *FEW)
+    real = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **more: real(name, **{**more, "layers": (2, 2, 2, 1)}))
+        assert call(iadi, *wanted) == 1
+    assert "--model iadi_resnet18: certainty is for dense layers, and for" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists(), "said before anything is trained"
 
 
 def test_a_trained_network_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

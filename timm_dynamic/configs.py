@@ -86,8 +86,9 @@ class LayerGateConfig(Config):
         open: names of gated units that every image runs which comes there: see `open_units`.
         memory: what the state of an RNN gate has seen. "all": the inputs of all gated units before, of those that are
             shut or open too, whose gates are run for it; "free": of those that are neither, whose gates alone are run.
-        certainty: whether the gates of residual units within the last stage are also told how certain the network's
-            own classifier is of the unit's input (ours: it is what exits decide by).
+        certainty: whether gates are also told how certain the network's own classifier is of the unit's input, as if
+            this unit and all after it were skipped (ours: it is what exits decide by). Those of residual units within
+            the last stage and of dense layers are; a dense layer's gate then runs the transitions that are to come.
     """
 
     shorthand: ClassVar[str | None] = "kind"

@@ -127,6 +127,7 @@ class Family(NamedTuple):
     stem: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]  # -> timm's first feature level, the first unit's input
     stages: Callable[[nn.Module], list[tuple[str, list[tuple[str, nn.Module]]]]]
     leave: Callable[[nn.Module, int, Tensor], Tensor]  # what comes after a stage: transition, final norm
+    glance: Callable[[nn.Module, int, Tensor], Tensor]  # the same to rounding, but pooled before it is multiplied
     head: Callable[[nn.Module, Tensor], Tensor]
     classifier: str
 
@@ -176,17 +177,41 @@ def _densenet_stem(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return seen, x
 
 
-def _densenet_leave(model: Any, stage: int, x: Tensor) -> Tensor:
+def _between(model: Any, stage: int) -> list[nn.Module]:
     """What stands in `features` between dense block `stage` and the next, or the end."""
-    block = -1
+    block, found = -1, []
     for name, child in model.features.named_children():
         if _is_dense(name):
             block += 1
         elif block == stage:
-            x = child(x)
-        elif block > stage:
-            break
+            found.append(child)
+    return found
+
+
+def _densenet_leave(model: Any, stage: int, x: Tensor) -> Tensor:
+    for child in _between(model, stage):
+        x = child(x)
     return x
+
+
+def _densenet_glance(model: Any, stage: int, x: Tensor) -> Tensor:
+    for child in _between(model, stage):
+        parts = list(child) if isinstance(child, nn.Sequential) else [child]
+        if len(parts) > 1 and _commute(*parts[-2:]):
+            parts[-2:] = parts[:-3:-1]
+        for part in parts:
+            x = part(x)
+    return x
+
+
+def _commute(conv: Any, pool: Any) -> bool:
+    """Whether an average over places can be taken before a convolution as well as after it."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+        and isinstance(pool, nn.AvgPool2d)
+        and pool.padding in (0, (0, 0))
+    )
 
 
 def _tv_densenet_head(model: Any, x: Tensor) -> Tensor:
@@ -202,9 +227,9 @@ def _timm_head(model: Any, x: Tensor) -> Tensor:
     return model.forward_head(x)
 
 
-_RESNET = Family(_timm_resnet_stem, _resnet_stages, _same, _timm_head, "fc")
-_TV_RESNET = Family(_tv_resnet_stem, _resnet_stages, _same, _tv_resnet_head, "fc")
-_DENSENET = Family(_densenet_stem, _densenet_stages, _densenet_leave, _timm_head, "classifier")
+_RESNET = Family(_timm_resnet_stem, _resnet_stages, _same, _same, _timm_head, "fc")
+_TV_RESNET = Family(_tv_resnet_stem, _resnet_stages, _same, _same, _tv_resnet_head, "fc")
+_DENSENET = Family(_densenet_stem, _densenet_stages, _densenet_leave, _densenet_glance, _timm_head, "classifier")
 _TV_DENSENET = _DENSENET._replace(head=_tv_densenet_head)
 
 FAMILIES: dict[type, Family] = {

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.fx
@@ -14,6 +14,9 @@ from .configs import LayerGateConfig
 OPEN_PROB = 0.88  # what an open gate starts at: keeps for sure, and still has a gradient
 RNN_SIZE = 10  # input and hidden size of the RNNGate (SkipNet, section 3.1)
 Memory = tuple[Tensor, Tensor] | None
+# For each stage that is to be left yet, from a unit's own on: its place, and how many channels the features would lack
+# there if that unit and all after it were skipped (in DenseNets; what dense layers do not give is zero).
+Rest: TypeAlias = tuple[tuple[int, int], ...]
 GATES = ("layer_gates", "channel_gates")  # a dynamic model's children that are gates
 PARTS = (*GATES, "exits")  # and all that a stock model has not
 
@@ -92,7 +95,7 @@ class GateSite(NamedTuple):
     widths: tuple[int, ...]  # hidden widths
     aligns: tuple[int, ...]  # channels that each hidden width can only drop together
     growth: int  # channels of the unit's output
-    classified: bool = False  # whether the network's classifier can be asked about the unit's input
+    rest: Rest = ()  # of the network, for a classifier that is asked about the unit's input; () where it cannot be
 
 
 # Layer gates ---------------------------------------------------------------------------------------------------------
@@ -154,6 +157,7 @@ class SettledGates(Exact):
         settled: for each place of a settled unit, whether it runs.
         asked: places of the gates that are run.
         certain: for the places of gates that are told the classifier's certainty, what it adds to their logit.
+        rest: what lies between these and the classifier.
     """
 
     CARRIES = False  # whether what a gate saw is handed to the next
@@ -162,6 +166,7 @@ class SettledGates(Exact):
     settled: dict[int, bool]
     asked: frozenset[int]
     certain: nn.ModuleDict
+    rest: dict[int, Rest]
 
     def show_certainty(self, config: LayerGateConfig, sites: Sequence[GateSite]) -> None:
         """Make room for the classifier's certainty where a config asks for it; at first it changes nothing.
@@ -169,13 +174,13 @@ class SettledGates(Exact):
         Raises:
             ValueError: if the classifier can be asked nowhere.
         """
-        places = [place for place, site in enumerate(sites) if site.classified] if config.certainty else []
-        if config.certainty and not places:
+        self.rest = {place: site.rest for place, site in enumerate(sites) if site.rest} if config.certainty else {}
+        if config.certainty and not self.rest:
             raise ValueError(
-                "certainty is for residual units within the last stage, whose input the classifier can be asked about; "
-                f"found none among {', '.join(site.name for site in sites)}"
+                "certainty is for dense layers, and for residual units within the last stage, whose input the "
+                f"classifier can be asked about; found none among {', '.join(site.name for site in sites)}"
             )
-        self.certain = nn.ModuleDict({str(place): nn.Linear(1, 1, bias=False) for place in places})
+        self.certain = nn.ModuleDict({str(place): nn.Linear(1, 1, bias=False) for place in self.rest})
         for weight in self.certain.parameters():
             nn.init.zeros_(weight)
 

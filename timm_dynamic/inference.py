@@ -88,7 +88,7 @@ class FoldedRecurrentGates(SettledGates):
         self.offsets = nn.ParameterList(offsets[key] for key in self.keys)
         self.hidden = _frozen(cell.weight_hh)  # [4 * hidden, hidden]
         self.nothing = _frozen(torch.zeros_like(cell.bias_hh))
-        self.fc, self.certain = gates.fc, gates.certain
+        self.fc, self.certain, self.rest = gates.fc, gates.certain, gates.rest
         self.at_hand: list[tuple[Tensor, ...]] = []  # for each gated unit: looked up once, as that takes time
         self.register_load_state_dict_post_hook(_look_up_again)
 

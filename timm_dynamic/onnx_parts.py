@@ -127,7 +127,7 @@ def ask_layer(net: Net, graph: Graph, g: int, x: Value, memory: Memory) -> tuple
         else:
             logit = translate(graph, gates.gates[g], x)[0].name
         if gates.looks(g):
-            (more,) = translate(graph, lambda x: gates.certain[str(g)](certainty(net.model, x)), x)
+            (more,) = translate(graph, lambda x: gates.certain[str(g)](certainty(net.model, x, gates.rest[g])), x)
             logit = graph.op("Add", logit, more.name)
         if g not in gates.settled:
             level = level_of(float(gates.threshold[g]))

@@ -15,7 +15,7 @@ from .channel_gates import ChannelGates
 from .configs import ChannelGateConfig, ExitConfig, LayerGateConfig, one_of, positive, ratio
 from .exits import ExitHead, Exits
 from .forcing import Forced
-from .gates import PARTS, GateSite, make_layer_gates
+from .gates import PARTS, GateSite, Rest, make_layer_gates
 from .roots import ROOTS
 from .walk import Dynamic, dynamic_of
 
@@ -343,9 +343,20 @@ def _site(found: Sequence[families.Unit], i: int) -> GateSite:
             aligns[k] = max(aligns[k], conv.in_channels // conv.groups)
     widths = tuple(conv.out_channels for conv, _ in steps[:-1])
     channels = steps[0][0].in_channels if steps else families.channels_after(found, i - 1)
-    classified = not unit.kind.grows and unit.stage == found[-1].stage == found[i - 1].stage
     width = unit.kind.width(unit.module)
-    return GateSite(unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), width, classified)
+    return GateSite(unit.name, channels, body, unit.kind.grows, widths, tuple(aligns), width, _rest(found, i))
+
+
+def _rest(found: Sequence[families.Unit], i: int) -> Rest:
+    """What is left of the network if unit `i` and all after it are skipped: see `GateSite.rest`.
+
+    Nothing can be asked where a residual unit that changes the features' shape is still to come.
+    """
+    unit, last = found[i], found[-1].stage
+    if not unit.kind.grows:
+        return ((last, 0),) if unit.stage == last == found[i - 1].stage else ()
+    added = [(u.stage, u.kind.width(u.module)) for u in found[i:]]
+    return tuple((stage, sum(width for s, width in added if s == stage)) for stage in range(unit.stage, last + 1))
 
 
 def _places(model: Any, config: ExitConfig, all_units: Sequence[families.Unit]) -> list[int]:

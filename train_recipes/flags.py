@@ -79,7 +79,7 @@ FLAGS = {
     "gate": _flag(Literal["ff1", "ff2", "rnn", "linear"], "Kind of layer gate."),
     "gate_init": _flag(Literal["random", "open"], "How gates start: as published, or keeping everything."),
     "certainty": _flag(
-        bool, "Tell the gates within the last stage how certain the classifier is of what their units are given."
+        bool, "Tell gates of dense layers, and of residual units in the last stage, how certain the classifier is yet."
     ),
     "spread": _flag(
         float, "Deviation between images that fresh layer gates' logits are scaled to; 0 leaves them as drawn."
