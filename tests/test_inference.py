@@ -1,11 +1,12 @@
 """The optimised copy makes the same decisions."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
 import torch
-from nets import assert_near, dynamic, images, randomise
+from nets import SIZE, assert_near, dynamic, images, randomise, run, stock
 from torch import nn
 
 import timm_dynamic as td
@@ -41,6 +42,28 @@ def test_what_is_folded() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     assert fast.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense_blur", "cifar_dense", "tv_dense"])
+def test_transitions_pool_before_they_multiply(kind: str) -> None:
+    """Those that blur cannot: their filters are as many as their channels."""
+    model, x = stock(kind), images(2)
+    fast = td.optimize_for_inference(model)
+    assert_near(run(fast, x)[0], run(model, x)[0])
+    side, saved = SIZE if kind == "cifar_dense" else SIZE // 4, 0
+    for cost in td.cost_table(model, (3, SIZE, SIZE)).leave:
+        saved += cost - cost // side**2 * (side // 2) ** 2
+        side //= 2
+    assert saved > 0
+    assert run(model, x)[1] - run(fast, x)[1] == (0 if kind == "dense_blur" else 2 * saved)
+
+
+def test_a_transition_with_hooks_stays_as_it_is() -> None:
+    model: Any = stock("cifar_dense")
+    seen: list[int] = []
+    model.features.transition1.conv.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
+    td.optimize_for_inference(model)(images(2))
+    assert seen == [SIZE]
 
 
 def test_budgets_and_calibration_come_along() -> None:

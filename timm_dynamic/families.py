@@ -197,20 +197,21 @@ def _densenet_leave(model: Any, stage: int, x: Tensor) -> Tensor:
 def _densenet_glance(model: Any, stage: int, x: Tensor) -> Tensor:
     for child in _between(model, stage):
         parts = list(child) if isinstance(child, nn.Sequential) else [child]
-        if len(parts) > 1 and _commute(*parts[-2:]):
+        if len(parts) > 1 and commute(*parts[-2:]):
             parts[-2:] = parts[:-3:-1]
         for part in parts:
             x = part(x)
     return x
 
 
-def _commute(conv: Any, pool: Any) -> bool:
-    """Whether an average over places can be taken before a convolution as well as after it."""
+def commute(conv: Any, pool: Any) -> bool:
+    """Whether an average over places can be taken before a convolution as well as after it, to rounding."""
     return (
         isinstance(conv, nn.Conv2d)
         and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
         and isinstance(pool, nn.AvgPool2d)
         and pool.padding in (0, (0, 0))
+        and pool.divisor_override is None
     )
 
 

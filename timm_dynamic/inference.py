@@ -18,7 +18,7 @@ from .units import Slices, intercepted
 def optimize_for_inference(model: Any) -> Any:
     """A copy for eval: batch norms folded into convolutions, channels-last, the RNN gate as two matrix products.
 
-    Weights sliced for a channel gate's pattern are remembered.
+    The transitions of a DenseNet pool before they multiply. Weights sliced for a channel gate's pattern are remembered.
 
     It makes the decisions of the model it was made from and reports that model's MACs. It cannot be trained. A stock
     model is folded too, so that both can be timed at their best.
@@ -48,6 +48,7 @@ def _optimized(model: Any) -> Any:
     for module in list(fast.modules()):
         if isinstance(module, nn.Sequential):
             _fold_sequence(module)
+            _pool_first(module)
     if isinstance(getattr(fast, "layer_gates", None), RecurrentGates):
         fast.layer_gates = FoldedRecurrentGates(fast.layer_gates)
     return fast.to(memory_format=torch.channels_last)
@@ -185,6 +186,18 @@ def _fold_sequence(sequence: nn.Sequential) -> None:
         conv, norm = getattr(sequence, first), getattr(sequence, second)
         if _foldable(conv, norm):
             setattr(sequence, second, _fold(conv, norm))
+
+
+def _pool_first(sequence: nn.Sequential) -> None:
+    """The transition of a DenseNet: pooled before it is multiplied, for a quarter of the work.
+
+    Where one of the two has hooks or a forward of its own, it stays as it is.
+    """
+    parts: list[Any] = [None, None, *sequence]
+    conv, pool = parts[-2:]
+    if families.commute(conv, pool) and not (intercepted(conv) or pool._forward_hooks or pool._forward_pre_hooks):
+        name = _child_name(sequence, conv)
+        sequence._modules[name] = sequence._modules.pop(name)  # the last one now
 
 
 def _fold_root(model: Any) -> None:
